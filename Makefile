@@ -1,0 +1,50 @@
+# Everything starts here. `make course` builds the environment, runs every chapter, shows the report.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3.11)
+PRESET ?= tiny
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help course test lab docs outputs readme export reference clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
+	  || sed -n 's/^\([a-z]*\):[^#]*## /  make \1   /p' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or 3.12 is needed: install it, or say make PYTHON=/path/to/python"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
+	touch $@
+
+course: $(INSTALLED)  ## run every chapter on the tiny preset and build the report
+	$(BIN)/s1book run --preset $(PRESET)
+
+test: $(INSTALLED)  ## run every test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+lab: $(INSTALLED)  ## open the chapters in JupyterLab
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+docs: $(INSTALLED)  ## build the report and the chapters' HTML pages again
+	$(BIN)/s1book report --preset $(PRESET)
+
+reference: $(INSTALLED)  ## run the tiny preset with three seeds (longer)
+	for seed in 0 1 2; do \
+	  $(BIN)/s1book run --preset tiny --set seed=$$seed --folder runs/reference/seed$$seed || exit 1; \
+	done
+
+outputs: $(INSTALLED)  ## authors: copy the outputs of runs/tiny into nbs/, make README.md
+	$(BIN)/s1book outputs
+	$(BIN)/nbdev_clean
+	$(BIN)/s1book readme
+
+readme: $(INSTALLED)  ## authors: make README.md from nbs/index.ipynb
+	$(BIN)/s1book readme
+
+export: $(INSTALLED)  ## authors: export nbs/ to s1book/ and clean the notebooks
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+clean:  ## delete the runs; the environment stays
+	rm -rf runs build dist

@@ -13,9 +13,10 @@ help:  ## show this list
 
 $(INSTALLED): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or 3.12 is needed: install it, or say make PYTHON=/path/to/python"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
-	touch $@
+	@echo "Installing into .venv (once; about 2 GB, a few minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -e ".[dev]"
+	@touch $@
 
 course: $(INSTALLED)  ## run every chapter on the tiny preset and build the report
 	$(BIN)/s1book run --preset $(PRESET)

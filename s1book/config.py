@@ -251,7 +251,7 @@ class Preset(Section):
 class _Loader(yaml.SafeLoader):
     "YAML in which 1e-5 is a number (YAML 1.1 reads it as text) and a repeated key is an error."
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         "A mapping, after checking that no key comes twice."
         keys = [key.value for key, _ in node.value]
         for key in keys:
@@ -363,7 +363,7 @@ def _override(
     values[last] = parse_yaml(value, f"Override {text!r}")
     return key
 
-
+# %% ../nbs/00_presets.ipynb #eb1f2540
 def load_preset(
     name: str,  # a preset's name, or the path of a YAML file
     overrides: list[str] = (),  # "key=value" each, later ones win

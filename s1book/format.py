@@ -7,7 +7,7 @@ __all__ = ['S1', 'IGNORE', 'load_tokenizer', 'FormatError', 'Delimiters', 'plain
            'prompt_ids', 'answer_text', 'Piece', 'pieces', 'Sample', 'tokenize_row', 'token_roles', 'mask_html',
            'Formatted', 'tokenize_rows', 'save_samples']
 
-# %% ../nbs/08_format.ipynb #14c6c2c5
+# %% ../nbs/08_format.ipynb #0b36334d
 import html
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ from .config import S1Error, atomic
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# %% ../nbs/08_format.ipynb #dd499e03
+# %% ../nbs/08_format.ipynb #c0d4c659
 def load_tokenizer(
     model: str | Path,  # a model folder, or a model's name on the hub
 ) -> "PreTrainedTokenizerFast":
@@ -31,7 +31,7 @@ def load_tokenizer(
 
     return PreTrainedTokenizerFast.from_pretrained(model)
 
-# %% ../nbs/08_format.ipynb #cb6f15e6
+# %% ../nbs/08_format.ipynb #9bbd0815
 class FormatError(S1Error):
     "A row or a tokenizer from which no correct training sample can be made."
 
@@ -46,7 +46,7 @@ class Delimiters:
 
 S1 = Delimiters()
 
-# %% ../nbs/08_format.ipynb #49d7d061
+# %% ../nbs/08_format.ipynb #97409fe6
 def plain(
     tokenizer: "PreTrainedTokenizerFast",  # knows its control tokens
     row: Mapping,  # a row of the selected set
@@ -76,7 +76,7 @@ def text_ids(
                           "found it in a text or in the delimiters, wanted words of its vocabulary.")
     return coded.input_ids
 
-# %% ../nbs/08_format.ipynb #e0c1ec67
+# %% ../nbs/08_format.ipynb #35c13b54
 def chat_text(
     tokenizer: "PreTrainedTokenizerFast",  # with a chat template
     question: str,  # becomes the user's turn
@@ -104,14 +104,14 @@ def prompt_ids(
     "The prompt of a model that shall think: the same, with the thinking already opened."
     return text_ids(tokenizer, chat_text(tokenizer, question) + delimiters.think)
 
-# %% ../nbs/08_format.ipynb #f38bb4a5
+# %% ../nbs/08_format.ipynb #26885a91
 def answer_text(
     attempt: str,  # the teacher's final answer, as it came
 ) -> str:
     "The answer as it is trained: with 'Answer: ' in front unless it says so itself (data/tokenization.py)."
     return (attempt if "Answer:" in attempt else "Answer: " + attempt).strip()
 
-# %% ../nbs/08_format.ipynb #30b2e23a
+# %% ../nbs/08_format.ipynb #2689f2a1
 @dataclass(frozen=True)
 class Piece:
     "A stretch of the training text, and what it is."
@@ -134,7 +134,7 @@ def pieces(
         Piece("end", delimiters.end),
     )
 
-# %% ../nbs/08_format.ipynb #185eb858
+# %% ../nbs/08_format.ipynb #51b7ebce
 IGNORE = -100  # what torch.nn.functional.cross_entropy leaves out
 
 
@@ -160,7 +160,7 @@ def tokenize_row(
                               "the model would be trained on other tokens than it is asked with.")
     return Sample(row["question_hash"], ids, [IGNORE] * len(chat) + ids[len(chat):])
 
-# %% ../nbs/08_format.ipynb #42582347
+# %% ../nbs/08_format.ipynb #fc36d18c
 def token_roles(
     tokenizer: "PreTrainedTokenizerFast",  # a fast one: it reports offsets
     row: Mapping,  # question, trace, attempt
@@ -172,7 +172,7 @@ def token_roles(
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return [(text[a:b], parts[bisect_right(ends, a)].role) for a, b in coded.offset_mapping]
 
-# %% ../nbs/08_format.ipynb #842c5c4d
+# %% ../nbs/08_format.ipynb #2d68b79c
 def mask_html(
     tokenizer: "PreTrainedTokenizerFast",  # a fast one
     row: Mapping,  # question, trace, attempt
@@ -191,7 +191,7 @@ def mask_html(
     head = "<tr><th>part</th><th>loss</th><th>tokens</th><th></th></tr>"
     return f"<table>{head}{''.join(lines)}</table>"
 
-# %% ../nbs/08_format.ipynb #5133ed01
+# %% ../nbs/08_format.ipynb #d9c9563e
 @dataclass(frozen=True)
 class Formatted:
     "A formatted set, and what did not fit."
@@ -214,7 +214,7 @@ def tokenize_rows(
                           "raise sft.max_length.")
     return Formatted(kept, too_long)
 
-# %% ../nbs/08_format.ipynb #aff719e8
+# %% ../nbs/08_format.ipynb #aec4d253
 def save_samples(
     samples: Iterable[Sample],  # what tokenize_rows kept
     path: Path,  # sft_tokens.parquet

@@ -11,6 +11,7 @@ import base64
 import html
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,7 @@ def chapter_page(
     notebook.cells = [c for c in notebook.cells if c.source != f"#| default_exp {chapter.name[3:]}"]
     exporter = HTMLExporter(template_name="basic", embed_images=True)
     body, _ = exporter.from_notebook_node(notebook)
+    body = re.sub(r'href="([\w-]+)\.ipynb', r'href="\1.html', body)
     links = ['<a href="index.html">Report</a>'] + [
         f'<a href="{c.name}.html">{arrow} {c.name}</a>' for c, arrow in zip(around, "←→") if c]
     top = f'<nav aria-label="Chapters"><p>{" · ".join(links)}</p></nav>'

@@ -615,7 +615,8 @@ def with_outputs(
         clean = [o for o in (clean_output(o, f"{name}, cell {i}") for o in merged) if o]
         code = cell["cell_type"] == "code"
         cells.append(cell | {"outputs": _split_lines(clean)} if code else cell)
-    return source | {"cells": cells}
+    kept = {k: v for k, v in source["metadata"].items() if k == "kernelspec"}
+    return source | {"cells": cells, "metadata": kept}
 
 # %% ../nbs/runner.ipynb #ddec5291
 def _split_lines(

@@ -126,7 +126,7 @@ DIFFICULTY = (
     Rule("difficulty", "the base model does not solve it", lambda row: not row["base_correct"]),
 )
 
-# %% ../nbs/07_select.ipynb #ed1f0e0a
+# %% ../nbs/07_select.ipynb #22058bee
 @dataclass(frozen=True)
 class Trusted:
     "Questions of this source go in directly, if the teacher solved them at some length."
@@ -137,9 +137,9 @@ class Trusted:
 def trusted_sources(
     min_tokens: int,  # preset value select.min_math_tokens
 ) -> tuple[Trusted, ...]:
-    "s1's trusted sources, under the old and the new name of MATH, and the tiny world's families."
+    "s1's trusted sources, with the old and the new name of MATH, and two families of the tiny world."
     always = (Trusted("Idavidrein/gpqa", 0), Trusted("qq8933/AIME_1983_2024", 0))
-    lengthy = ("qfq/openaimath", "simplescaling/openaimath", "tiny")
+    lengthy = ("qfq/openaimath", "simplescaling/openaimath", "tiny/nim", "tiny/product")
     return always + tuple(Trusted(source, min_tokens) for source in lengthy)
 
 

@@ -7,7 +7,7 @@ __all__ = ['FSDP', 'COLUMNS', 'TrainingError', 'total_steps', 'accumulation', 'l
            'stop_on_nan', 'check_batch', 'make_trainer', 'fingerprint', 'last_complete', 'save_log', 'save_model',
            'fine_tune']
 
-# %% ../nbs/09_sft.ipynb #8def76ba
+# %% ../nbs/09_sft.ipynb #b2ae3c5c
 import csv
 import hashlib
 import json
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-# %% ../nbs/09_sft.ipynb #fa28e667
+# %% ../nbs/09_sft.ipynb #17aeaae2
 class TrainingError(S1Error):
     "A training that cannot start, or must not go on."
 
@@ -50,7 +50,7 @@ def accumulation(
                             f"a pass, wanted a divisor of sft.batch_size = {batch_size}.")
     return batch_size // share
 
-# %% ../nbs/09_sft.ipynb #d9f2af37
+# %% ../nbs/09_sft.ipynb #c21df6fc
 def load_samples(
     path: Path,  # sft_tokens.parquet of chapter 08
     vocabulary: int,  # rows of the model's embedding matrix
@@ -87,7 +87,7 @@ def sample_fault(
         return "found no label to learn from, wanted the trace and the answer"
     return "" if all(a in (b, IGNORE) for a, b in zip(labels, ids)) else "found a label that is not its token"
 
-# %% ../nbs/09_sft.ipynb #fa7cb7c4
+# %% ../nbs/09_sft.ipynb #acd76e73
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"], "reshard_after_forward": True,
         "state_dict_type": "FULL_STATE_DICT"}  # the paper's sharding, in the names of today's accelerate
 
@@ -115,7 +115,7 @@ def training_args(
         report_to="none", disable_tqdm=True, **sharded,
     )
 
-# %% ../nbs/09_sft.ipynb #6487eee8
+# %% ../nbs/09_sft.ipynb #4037a989
 def stop_on_nan() -> Any:  # a transformers TrainerCallback
     "A callback that ends a training whose loss or gradient is not a finite number."
     from transformers import TrainerCallback
@@ -130,7 +130,7 @@ def stop_on_nan() -> Any:  # a transformers TrainerCallback
 
     return StopOnNaN()
 
-# %% ../nbs/09_sft.ipynb #12ef56b2
+# %% ../nbs/09_sft.ipynb #a3a1f845
 def check_batch(
     preset: Preset,  # what was asked for
     args: "SFTConfig",  # what this machine makes of it
@@ -166,7 +166,7 @@ def make_trainer(
         raise TrainingError(f"sft.sharding: found {found}, wanted FSDP; it needs one process per GPU.")
     return trainer
 
-# %% ../nbs/09_sft.ipynb #58b228c5
+# %% ../nbs/09_sft.ipynb #133926c9
 def fingerprint(
     preset: Preset,  # seed, model and sft sections count
     model: str,  # folder or hub name of the base model
@@ -194,7 +194,7 @@ def last_complete(
     steps = {int(f.name.split("-")[1]): f for f in work.glob("checkpoint-*") if whole(f)}
     return steps[max(steps)] if steps else None
 
-# %% ../nbs/09_sft.ipynb #e651e50a
+# %% ../nbs/09_sft.ipynb #bd02fddc
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm")
 
 
@@ -219,7 +219,7 @@ def save_model(
         trainer.save_model(str(aside))
         (aside / "training_args.bin").unlink(missing_ok=True)
 
-# %% ../nbs/09_sft.ipynb #1ea5d0d0
+# %% ../nbs/09_sft.ipynb #326e6250
 def fine_tune(
     preset: Preset,  # all settings
     model: str,  # folder or hub name of the base model

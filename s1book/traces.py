@@ -6,7 +6,7 @@
 __all__ = ['Teach', 'recorded', 'open_teacher', 'Retry', 'checked', 'ask', 'teacher_name', 'put_aside', 'settle', 'live_line',
            'progress', 'collect', 'TraceFacts', 'trace_facts']
 
-# %% ../nbs/04_traces.ipynb #a8185e19
+# %% ../nbs/04_traces.ipynb #031cd294
 import hashlib
 import json
 import os
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .config import Preset, S1Error, append_jsonl, atomic, item_seed, read_jsonl
 
-# %% ../nbs/04_traces.ipynb #ad7e117e
+# %% ../nbs/04_traces.ipynb #44f6b2cb
 Teach = Callable[[Mapping, int], tuple[str, str]]  # (row, seed) -> (trace, attempt); may raise
 
 
@@ -49,7 +49,7 @@ def open_teacher(
     raise S1Error(f"teacher.kind: found {preset.teacher.kind!r}, wanted tiny or recorded; "
                   "a server is not yet among the teachers of this package.")
 
-# %% ../nbs/04_traces.ipynb #964de67a
+# %% ../nbs/04_traces.ipynb #5ff0f2c1
 @dataclass(frozen=True)
 class Retry:
     "When to ask again after a transient failure, and when to stop."
@@ -88,7 +88,7 @@ def ask(
             failure = f"{type(error).__name__}: {error} (after {number + 1} tries)"
     return record | {"error": failure}
 
-# %% ../nbs/04_traces.ipynb #39ffcfd4
+# %% ../nbs/04_traces.ipynb #8ed602ad
 def teacher_name(
     preset: Preset,  # seed and teacher section
 ) -> str:  # e.g. "tiny-teacher@1f0c9d3a"
@@ -100,7 +100,7 @@ def teacher_name(
         digest.update(Path(tiny.__file__).read_bytes())
     return f"{preset.teacher.model}@{digest.hexdigest()[:8]}"
 
-# %% ../nbs/04_traces.ipynb #8ce6ad58
+# %% ../nbs/04_traces.ipynb #6d47c30f
 def put_aside(
     path: Path,  # traces.jsonl
     strangers: list[dict],  # records that do not belong to this run
@@ -131,7 +131,7 @@ def settle(
         put_aside(path, strangers, kept)
     return done
 
-# %% ../nbs/04_traces.ipynb #7669ddcd
+# %% ../nbs/04_traces.ipynb #0c5c2543
 def live_line() -> Callable[[str], None]:
     "A function that shows a line in place of the line before: in a notebook, a terminal, or nowhere."
     shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
@@ -157,7 +157,7 @@ def progress(
     left = seconds / max(done, 1) * (total - done)
     return f"{done:,} of {total:,} asked, {failed:,} failed, about {left:,.0f} s left"
 
-# %% ../nbs/04_traces.ipynb #fc6c96bf
+# %% ../nbs/04_traces.ipynb #b5732a9b
 def collect(
     rows: Iterable[Mapping],  # questions, with question_hash
     teach: Teach,  # the teacher
@@ -178,27 +178,29 @@ def collect(
         record = ask(teach, row, item_seed(seed, row["question_hash"]), retry) | {"teacher": teacher}
         append_jsonl(path, record)
         failed += record["error"] is not None
-        if (now := time.monotonic()) - shown > 0.5 or number == len(todo):
+        if (now := time.monotonic()) - shown > 0.5:
             show(progress(number, len(todo), failed, now - started))
             shown = now
+    show(progress(len(todo), len(todo), failed, 0.0))
     return len(todo)
 
-# %% ../nbs/04_traces.ipynb #c1664f6f
+# %% ../nbs/04_traces.ipynb #8c7eb257
 @dataclass(frozen=True)
 class TraceFacts:
     "What can be counted about one trace."
     question_hash: str  # which question
     tokens: int  # length of the trace
     waits: int  # lines or sentences that begin with "Wait"
-    wrong: bool  # the attempt differs from the known answer, as text
+    wrong: bool | None  # the attempt differs from the known answer, as text; None: no answer is known
 
 
 def trace_facts(
     record: Mapping,  # a record without error
-    answer: str,  # the known answer
+    answer: str | None,  # the known answer, if there is one
     count_tokens: Callable[[str], int],  # length of a text in tokens
 ) -> TraceFacts:
     "Count what can be counted without a grader."
     final = record["attempt"].rpartition("Answer:")[2].strip()
     waits = sum(word.strip(".,;:!") == "Wait" for word in record["trace"].split())
-    return TraceFacts(record["question_hash"], count_tokens(record["trace"]), waits, final != str(answer).strip())
+    wrong = None if answer is None else final != answer.strip()
+    return TraceFacts(record["question_hash"], count_tokens(record["trace"]), waits, wrong)

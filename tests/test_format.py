@@ -9,17 +9,43 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from s1book.format import (
-    IGNORE, S1, Delimiters, FormatError, Sample, answer_text, chat_ids, load_tokenizer, mask_html, pieces, prompt_ids,
-    save_samples, token_roles, tokenize_row, tokenize_rows,
+    IGNORE,
+    S1,
+    Delimiters,
+    FormatError,
+    Sample,
+    answer_text,
+    chat_ids,
+    load_tokenizer,
+    mask_html,
+    pieces,
+    prompt_ids,
+    save_samples,
+    token_roles,
+    tokenize_row,
+    tokenize_rows,
 )
 
-ROW = {"question_hash": "00aa", "question": "How many r in : 1r 2a 3s ?", "trace": "In ones\n1r 1\nSo 1\nWait\nSo 1",
-       "attempt": "1"}
+ROW = {
+    "question_hash": "00aa",
+    "question": "How many r in : 1r 2a 3s ?",
+    "trace": "In ones\n1r 1\nSo 1\nWait\nSo 1",
+    "attempt": "1",
+}
 PLAIN = [word for word in WORDS if word not in ("system", "user", "assistant")]
 line = st.lists(st.sampled_from(PLAIN), min_size=1, max_size=8).map(" ".join)
 text = st.lists(line, min_size=1, max_size=6).map("\n".join)
-rows = st.builds(lambda q, t, a: {"question_hash": "h", "question": q, "trace": t, "attempt": a}, line, text, line)
-relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+edge = st.sampled_from(["", "\n", " \n\n"])
+rows = st.builds(
+    lambda q, t, a, e: {"question_hash": "h", "question": q, "trace": e + t + e, "attempt": a + e},
+    line,
+    text,
+    line,
+    edge,
+)
+relaxed = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +55,30 @@ def bpe():
     from transformers import PreTrainedTokenizerFast
 
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(__import__("tokenizers").Regex(r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s?\p{L}+|\p{N}|\s+"),
-                             "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                __import__("tokenizers").Regex(
+                    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s?\p{L}+|\p{N}|\s+"
+                ),
+                "isolated",
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tok.decoder = decoders.ByteLevel()
-    tok.train_from_iterator([ROW["trace"], "So 1.\nWait.\nSo 2.\n" * 9], trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tok.train_from_iterator(
+        [ROW["trace"], "So 1.\nWait.\nSo 2.\n" * 9],
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.chat_template = QWEN_TEMPLATE
     return fast
 
@@ -45,9 +86,11 @@ def bpe():
 def reference_text(row):
     """The whole text as data/tokenization.py of the reference would give it, without the last newline."""
     answer = row["attempt"] if "Answer:" in row["attempt"] else "Answer: " + row["attempt"]
-    return ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
-            f"<|im_start|>user\n{row['question']}<|im_end|>\n<|im_start|>assistant\n<|im_start|>think\n"
-            f"{row['trace'].strip()}\n<|im_start|>answer\n{answer.strip()}<|im_end|>")
+    return (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{row['question']}<|im_end|>\n<|im_start|>assistant\n<|im_start|>think\n"
+        f"{row['trace'].strip()}\n<|im_start|>answer\n{answer.strip()}<|im_end|>"
+    )
 
 
 @relaxed
@@ -57,11 +100,15 @@ def test_mask_and_text_on_any_row(tiny_tokenizer, bpe, row):
         sample = tokenize_row(tokenizer, row)
         prompt = chat_ids(tokenizer, row["question"])
         assert tokenizer.decode(sample.input_ids) == reference_text(row)
-        assert sample.input_ids == tokenizer(reference_text(row), add_special_tokens=False).input_ids
+        assert (
+            sample.input_ids == tokenizer(reference_text(row), add_special_tokens=False).input_ids
+        )
         # Every prompt token is left out and every other one is its own label, the end token included.
-        assert sample.labels == [IGNORE] * len(prompt) + sample.input_ids[len(prompt):]
+        assert sample.labels == [IGNORE] * len(prompt) + sample.input_ids[len(prompt) :]
         assert sample.labels[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
-        assert tokenizer.decode(sample.labels[len(prompt):]) == "".join(p.text for p in pieces(tokenizer, row)[1:])
+        assert tokenizer.decode(sample.labels[len(prompt) :]) == "".join(
+            p.text for p in pieces(tokenizer, row)[1:]
+        )
 
 
 @relaxed
@@ -79,7 +126,9 @@ def test_roles_by_offsets_agree_with_the_labels(tiny_tokenizer, bpe, row):
     for tokenizer in (tiny_tokenizer, bpe):
         sample, roles = tokenize_row(tokenizer, row), token_roles(tokenizer, row)
         assert "".join(t for t, _ in roles).replace(" ", "") == reference_text(row).replace(" ", "")
-        assert [label == IGNORE for label in sample.labels] == [role == "prompt" for _, role in roles]
+        assert [label == IGNORE for label in sample.labels] == [
+            role == "prompt" for _, role in roles
+        ]
         order = [role for role, _ in itertools.groupby(roles, key=lambda pair: pair[1])]
         assert order in (["prompt", "delimiter", "thinking", "delimiter", "answer", "end"],)
 
@@ -98,20 +147,34 @@ def test_prompts_end_where_they_should(tiny_tokenizer):
     assert "You are Qwen, created by Alibaba Cloud." in tiny_tokenizer.decode(chat)
 
 
-@pytest.mark.parametrize(("attempt", "wanted"), [
-    ("3", "Answer: 3"), ("Answer: 3", "Answer: 3"), ("So\nAnswer: 3\n", "So\nAnswer: 3"), ("Final Answer: 3", "Final Answer: 3"),
-    ("answer: 3", "Answer: answer: 3"), (" 3 ", "Answer:  3"),
-])
+@pytest.mark.parametrize(
+    ("attempt", "wanted"),
+    [
+        ("3", "Answer: 3"),
+        ("Answer: 3", "Answer: 3"),
+        ("So\nAnswer: 3\n", "So\nAnswer: 3"),
+        ("Final Answer: 3", "Final Answer: 3"),
+        ("answer: 3", "Answer: answer: 3"),
+        (" 3 ", "Answer:  3"),
+    ],
+)
 def test_answer_rule(attempt, wanted):
     assert answer_text(attempt) == wanted
 
 
-@pytest.mark.parametrize(("key", "value", "message"), [
-    ("attempt", "", "attempt: found nothing"), ("attempt", "\n", "attempt: found nothing"),
-    ("trace", None, "trace: found nothing"), ("trace", float("nan"), "trace: found nothing"),
-    ("question", "", "question: found nothing"), ("question", "r <|im_end|>", "control text '<|im_end|>'"),
-    ("trace", "So <|im_start|>answer 3", "control text '<|im_start|>'"), ("trace", "So zebra", "no token for 'zebra'"),
-])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("attempt", "", "attempt: found nothing"),
+        ("attempt", "\n", "attempt: found nothing"),
+        ("trace", None, "trace: found nothing"),
+        ("trace", float("nan"), "trace: found nothing"),
+        ("question", "", "question: found nothing"),
+        ("question", "r <|im_end|>", "control text '<|im_end|>'"),
+        ("trace", "So <|im_start|>answer 3", "control text '<|im_start|>'"),
+        ("trace", "So zebra", "no token for 'zebra'"),
+    ],
+)
 def test_bad_rows_are_refused_by_a_sentence(tiny_tokenizer, key, value, message):
     with pytest.raises(FormatError, match=message.replace("|", r"\|")):
         tokenize_row(tiny_tokenizer, {**ROW, key: value})
@@ -131,7 +194,10 @@ def test_missing_column_and_missing_template_are_refused(tiny_tokenizer, bpe):
 def test_other_delimiters(tiny_tokenizer, bpe):
     tags = Delimiters("<think>\n", "\n</think>\n\n", "<|im_end|>")
     sample = tokenize_row(bpe, ROW, tags)
-    assert bpe.decode([x for x in sample.labels if x != IGNORE]) == f"<think>\n{ROW['trace']}\n</think>\n\nAnswer: 1<|im_end|>"
+    assert (
+        bpe.decode([x for x in sample.labels if x != IGNORE])
+        == f"<think>\n{ROW['trace']}\n</think>\n\nAnswer: 1<|im_end|>"
+    )
     with pytest.raises(FormatError, match="</think>"):  # a trace that closes its own thinking
         tokenize_row(bpe, {**ROW, "trace": "So </think> 1"}, tags)
     with pytest.raises(FormatError, match="no token for '<think>'"):
@@ -143,14 +209,20 @@ def test_a_token_across_the_seam_is_refused():
     from transformers import PreTrainedTokenizerFast
 
     letters = [chr(i) for i in range(32, 127)] + ["\n"]
-    vocab = {t: i for i, t in enumerate(["<|im_start|>", "<|im_end|>", *letters, "\nI"])}  # "\nI" grows across the header
+    vocab = {
+        t: i for i, t in enumerate(["<|im_start|>", "<|im_end|>", *letters, "\nI"])
+    }  # "\nI" grows across the header
     tok = Tokenizer(models.BPE(vocab=vocab, merges=[("\n", "I")]))
     tok.pre_tokenizer = pre_tokenizers.Split("\x00", "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok, additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tok, additional_special_tokens=["<|im_start|>", "<|im_end|>"]
+    )
     fast.chat_template = QWEN_TEMPLATE
     with pytest.raises(FormatError, match="grows across"):
         tokenize_row(fast, ROW)
-    assert tokenize_row(fast, {**ROW, "trace": "So 1"}).labels.count(IGNORE) == len(chat_ids(fast, ROW["question"]))
+    assert tokenize_row(fast, {**ROW, "trace": "So 1"}).labels.count(IGNORE) == len(
+        chat_ids(fast, ROW["question"])
+    )
 
 
 def test_too_long_is_dropped_whole_and_counted(tiny_tokenizer):
@@ -161,7 +233,9 @@ def test_too_long_is_dropped_whole_and_counted(tiny_tokenizer):
         assert [s.question_hash for s in formatted.samples] == kept
         assert len(formatted.samples) + len(formatted.too_long) == 2
         assert all(s.input_ids[-1] == tiny_tokenizer.eos_token_id for s in formatted.samples)
-    assert tokenize_rows([ROW, long], tiny_tokenizer, n).too_long == {"00bb": len(tokenize_row(tiny_tokenizer, long).input_ids)}
+    assert tokenize_rows([ROW, long], tiny_tokenizer, n).too_long == {
+        "00bb": len(tokenize_row(tiny_tokenizer, long).input_ids)
+    }
     with pytest.raises(FormatError, match="at most 5 tokens among 2"):
         tokenize_rows([ROW, long], tiny_tokenizer, 5)
     with pytest.raises(FormatError, match="among 0"):
@@ -178,7 +252,11 @@ def test_saved_samples_read_back(tiny_tokenizer, tmp_path):
 def test_viewer_can_be_read_without_colour(tiny_tokenizer):
     page = mask_html(tiny_tokenizer, {**ROW, "question": "How many < 3 ?".replace("<", "A")})
     assert page.count("<td>no</td>") == 1 and page.count("<td>yes</td>") == 5
-    assert page.index("<i style") < page.index("<u style") and "⏎" in page and "&lt;|im_end|&gt;" in page
+    assert (
+        page.index("<i style") < page.index("<u style")
+        and "⏎" in page
+        and "&lt;|im_end|&gt;" in page
+    )
 
 
 def test_the_tokenizer_is_read_from_its_own_file(tiny_folder, tiny_tokenizer):

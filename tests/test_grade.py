@@ -119,8 +119,16 @@ def test_hostile_text_gets_no_credit_quickly(text):
     assert seconds < 3 + verifier.cpu_seconds  # a second of work; the rest for a busy machine
 
 
-def test_towers_are_killed_and_are_no_answer():
-    verifier = MathVerifier(cpu_seconds=0.3, wall_seconds=60)
+@pytest.fixture
+def verifier(request):
+    """A verifier of the test's own, closed afterwards."""
+    verifier = MathVerifier(**request.param)
+    yield verifier
+    verifier.close()
+
+
+@pytest.mark.parametrize("verifier", [{"cpu_seconds": 0.3, "wall_seconds": 60}], indirect=True)
+def test_towers_are_killed_and_are_no_answer(verifier):
     started = time.perf_counter()
     assert verifier.same("9^{9^{9}}", "7") is None and verifier.process is None
     assert time.perf_counter() - started < 20
@@ -129,8 +137,9 @@ def test_towers_are_killed_and_are_no_answer():
     assert is_correct("9^{9^{9}}", r"\sqrt{2}", "math") is False
 
 
-def test_a_hanging_process_is_killed_by_the_clock_on_the_wall():
-    verifier = MathVerifier(cpu_seconds=0, wall_seconds=0.5)  # 0: no limit on the processor
+# 0 processor seconds: no limit there
+@pytest.mark.parametrize("verifier", [{"cpu_seconds": 0, "wall_seconds": 0.5}], indirect=True)
+def test_a_hanging_process_is_killed_by_the_clock_on_the_wall(verifier):
     assert verifier.same("1", "1") is True
     started = time.perf_counter()
     assert verifier.same("9^{9^{9}}", "7") is None

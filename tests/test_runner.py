@@ -331,7 +331,7 @@ def test_outputs_of_an_old_run_are_refused(course):
         adopt_outputs(Run.open("tiny"))
     cell = dict(cell_type="code", source=["1"], metadata={})
     with pytest.raises(S1Error, match="is not this notebook"):
-        with_outputs({"cells": [cell]}, {"cells": []}, "x")
+        with_outputs({"cells": [cell], "metadata": {}}, {"cells": []}, "x")
 
 
 def test_the_readme_keeps_outputs_and_drops_hidden_code(tmp_path):

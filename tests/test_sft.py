@@ -18,8 +18,16 @@ from hypothesis import strategies as st
 from s1book.config import load_preset
 from s1book.format import IGNORE, Sample, save_samples, tokenize_row
 from s1book.sft import (
-    TrainingError, accumulation, check_batch, fine_tune, fingerprint, last_complete, load_samples, make_trainer,
-    sample_fault, total_steps,
+    TrainingError,
+    accumulation,
+    check_batch,
+    fine_tune,
+    fingerprint,
+    last_complete,
+    load_samples,
+    make_trainer,
+    sample_fault,
+    total_steps,
 )
 
 EPOCHS, ROWS = 3, 40  # 3 steps an epoch, 9 in all
@@ -29,9 +37,17 @@ FEW = ["sft.epochs=3"]
 @pytest.fixture
 def tokens(tiny_tokenizer, tmp_path):
     """sft_tokens.parquet with 40 samples of different length."""
-    rows = [{"question_hash": f"{i:04x}", "question": f"How many r in : {' '.join(f'{j}{c}' for j, c in enumerate(word, 1))} ?",
-             "trace": "\n".join(["In ones", *(f"{j}{c} {j % 3}" for j, c in enumerate(word, 1)), "So 1"]),
-             "attempt": str(i % 10)} for i, word in enumerate(["rabe", "pears", "berry", "sap", "essay"] * (ROWS // 5))]
+    rows = [
+        {
+            "question_hash": f"{i:04x}",
+            "question": f"How many r in : {' '.join(f'{j}{c}' for j, c in enumerate(word, 1))} ?",
+            "trace": "\n".join(
+                ["In ones", *(f"{j}{c} {j % 3}" for j, c in enumerate(word, 1)), "So 1"]
+            ),
+            "attempt": str(i % 10),
+        }
+        for i, word in enumerate(["rabe", "pears", "berry", "sap", "essay"] * (ROWS // 5))
+    ]
     path = tmp_path / "sft_tokens.parquet"
     save_samples([tokenize_row(tiny_tokenizer, row) for row in rows], path)
     return path
@@ -52,7 +68,9 @@ def equal(a, b):
 def train(tokens, folder, name, preset=None, callbacks=()):
     """fine_tune with outputs named `name` beside the token file."""
     preset = preset or load_preset("tiny", FEW)
-    return fine_tune(preset, str(folder), tokens, tokens.parent / name, tokens.parent / f"{name}.csv", callbacks)
+    return fine_tune(
+        preset, str(folder), tokens, tokens.parent / name, tokens.parent / f"{name}.csv", callbacks
+    )
 
 
 # -- arithmetic ---------------------------------------------------------------------------------------
@@ -60,7 +78,9 @@ def train(tokens, folder, name, preset=None, callbacks=()):
 
 def test_the_papers_steps():
     assert total_steps(1000, 16, 5) == 315 == load_preset("h100").steps
-    assert total_steps(1, 16, 1) == 1 and total_steps(16, 16, 1) == 1 and total_steps(17, 16, 1) == 2
+    assert (
+        total_steps(1, 16, 1) == 1 and total_steps(16, 16, 1) == 1 and total_steps(17, 16, 1) == 2
+    )
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))
@@ -72,10 +92,17 @@ def test_effective_batch_is_exact_or_refused(batch, micro, devices):
 
 
 def test_batch_refusal_names_what_was_found():
-    with pytest.raises(TrainingError, match=r"found 1 on 32 device\(s\) = 32 samples a pass, wanted a divisor .* 16"):
+    with pytest.raises(
+        TrainingError,
+        match=r"found 1 on 32 device\(s\) = 32 samples a pass, wanted a divisor .* 16",
+    ):
         accumulation(16, 1, 32)  # where the released script would compute 0 passes
-    two_gpus = SimpleNamespace(train_batch_size=32, gradient_accumulation_steps=1, world_size=1, n_gpu=2)
-    with pytest.raises(TrainingError, match="effective batch of 32 with 2 GPUs in one process, wanted 16"):
+    two_gpus = SimpleNamespace(
+        train_batch_size=32, gradient_accumulation_steps=1, world_size=1, n_gpu=2
+    )
+    with pytest.raises(
+        TrainingError, match="effective batch of 32 with 2 GPUs in one process, wanted 16"
+    ):
         check_batch(load_preset("tiny"), two_gpus)
 
 
@@ -94,21 +121,34 @@ def test_training_learns_logs_and_saves_whole(tokens, tiny_folder, tiny_tokenize
     from s1book.format import load_tokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tokens.parent / "sft")
-    assert model.config.use_cache and not equal(weights(tokens.parent / "sft"), weights(tiny_folder))
+    assert model.config.use_cache and not equal(
+        weights(tokens.parent / "sft"), weights(tiny_folder)
+    )
     ids = load_tokenizer(tokens.parent / "sft")("How many r", add_special_tokens=False).input_ids
     assert ids == tiny_tokenizer("How many r", add_special_tokens=False).input_ids
     left = {p.name for p in tokens.parent.iterdir()}
-    assert left == {"sft", "sft.csv", "sft_tokens.parquet", tiny_folder.name}  # no work folder, nothing unfinished
+    assert left == {
+        "sft",
+        "sft.csv",
+        "sft_tokens.parquet",
+        tiny_folder.name,
+    }  # no work folder, nothing unfinished
     for file in (tokens.parent / "sft").iterdir():
-        assert str(tokens.parent).encode() not in file.read_bytes(), f"{file.name} holds a path of this machine"
+        assert str(tokens.parent).encode() not in file.read_bytes(), (
+            f"{file.name} holds a path of this machine"
+        )
 
 
 def test_schedule_is_linear_warm_up_and_cosine_to_zero(tokens, tiny_folder):
     preset = load_preset("tiny", [*FEW, "sft.warmup=0.3"])
     rates = [h["learning_rate"] for h in train(tokens, tiny_folder, "sft", preset) if "loss" in h]
     warm, steps, peak = math.ceil(0.3 * 9), 9, preset.sft.learning_rate
-    wanted = [peak * s / warm if s < warm else peak * 0.5 * (1 + math.cos(math.pi * (s - warm) / (steps - warm)))
-              for s in range(steps)]
+    wanted = [
+        peak * s / warm
+        if s < warm
+        else peak * 0.5 * (1 + math.cos(math.pi * (s - warm) / (steps - warm)))
+        for s in range(steps)
+    ]
     assert rates == pytest.approx(wanted, abs=1e-9)
 
 
@@ -119,15 +159,25 @@ def plain_losses(folder, batches, preset, steps):
     model, sft = AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), preset.sft
     big = [p for p in model.parameters() if p.ndim > 1]
     small = [p for p in model.parameters() if p.ndim == 1]
-    optimiser = torch.optim.AdamW([{"params": big, "weight_decay": sft.weight_decay}, {"params": small, "weight_decay": 0.0}],
-                                  betas=sft.betas)
+    optimiser = torch.optim.AdamW(
+        [{"params": big, "weight_decay": sft.weight_decay}, {"params": small, "weight_decay": 0.0}],
+        betas=sft.betas,
+    )
     losses, warm = [], math.ceil(sft.warmup * steps)
     for step, batch in enumerate(batches):
-        part = step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+        part = (
+            step / warm
+            if step < warm
+            else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+        )
         for group in optimiser.param_groups:
             group["lr"] = sft.learning_rate * part
-        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        logits = model(
+            batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -137,7 +187,9 @@ def plain_losses(folder, batches, preset, steps):
 
 
 @pytest.mark.parametrize("micro", [16, 4])
-def test_trl_takes_the_steps_of_the_plain_loop(tokens, tiny_folder, tiny_tokenizer, tmp_path, micro):
+def test_trl_takes_the_steps_of_the_plain_loop(
+    tokens, tiny_folder, tiny_tokenizer, tmp_path, micro
+):
     whole, split = (load_preset("tiny", [*FEW, f"sft.micro_batch_size={m}"]) for m in (16, micro))
     samples = load_samples(tokens, len(tiny_tokenizer))
     trainer = make_trainer(whole, str(tiny_folder), samples, tmp_path / "work")
@@ -146,8 +198,12 @@ def test_trl_takes_the_steps_of_the_plain_loop(tokens, tiny_folder, tiny_tokeniz
         trainer = make_trainer(split, str(tiny_folder), samples, tmp_path / "work")
     trainer.train()
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
-    assert losses[:3] == pytest.approx(plain_losses(tiny_folder, batches, whole, trainer.state.max_steps), abs=1e-5)
-    assert all((b["labels"][b["attention_mask"] == 0] == IGNORE).all() for b in batches)  # pads carry no loss
+    assert losses[:3] == pytest.approx(
+        plain_losses(tiny_folder, batches, whole, trainer.state.max_steps), abs=1e-5
+    )
+    assert all(
+        (b["labels"][b["attention_mask"] == 0] == IGNORE).all() for b in batches
+    )  # pads carry no loss
 
 
 # -- interruption -------------------------------------------------------------------------------------
@@ -169,10 +225,17 @@ fine_tune(load_preset("tiny", ["sft.epochs=3"]), sys.argv[1], Path(sys.argv[2]),
 def test_killed_training_ends_with_the_same_weights(tokens, tiny_folder):
     folder = tokens.parent
     train(tokens, tiny_folder, "through")
-    child = subprocess.run([sys.executable, "-c", CHILD, str(tiny_folder), str(tokens), "8"], cwd=folder,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(tiny_folder), str(tokens), "8"],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
-    assert not (folder / "sft").exists() and not (folder / "sft.csv").exists()  # never a half-trained model
+    assert (
+        not (folder / "sft").exists() and not (folder / "sft.csv").exists()
+    )  # never a half-trained model
     steps = []
 
     class Count(__import__("transformers").TrainerCallback):
@@ -187,7 +250,12 @@ def test_killed_training_ends_with_the_same_weights(tokens, tiny_folder):
 
 def test_only_whole_checkpoints_count(tmp_path):
     assert last_complete(tmp_path / "none") is None
-    for step, state in ((3, '{"global_step": 3}'), (6, '{"global_step": 6}'), (9, '{"global'), (12, None)):
+    for step, state in (
+        (3, '{"global_step": 3}'),
+        (6, '{"global_step": 6}'),
+        (9, '{"global'),
+        (12, None),
+    ):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state is not None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
@@ -195,10 +263,15 @@ def test_only_whole_checkpoints_count(tmp_path):
 
 
 def test_fingerprint_names_everything_that_matters(tokens, tiny_folder, tiny_tokenizer):
-    preset, name = load_preset("tiny", FEW), fingerprint(load_preset("tiny", FEW), str(tiny_folder), tokens)
+    preset, name = (
+        load_preset("tiny", FEW),
+        fingerprint(load_preset("tiny", FEW), str(tiny_folder), tokens),
+    )
     assert fingerprint(preset, str(tiny_folder), tokens) == name
-    others = [fingerprint(load_preset("tiny", [*FEW, change]), str(tiny_folder), tokens)
-              for change in ("seed=1", "sft.learning_rate=1e-3", "sft.weight_decay=0.0")]
+    others = [
+        fingerprint(load_preset("tiny", [*FEW, change]), str(tiny_folder), tokens)
+        for change in ("seed=1", "sft.learning_rate=1e-3", "sft.weight_decay=0.0")
+    ]
     save_samples([Sample("x", [5, 6], [IGNORE, 6])], tokens)
     others.append(fingerprint(preset, str(tiny_folder), tokens))
     from conftest import make_model
@@ -222,16 +295,24 @@ def test_nan_stops_and_saves_nothing(tokens, tiny_folder):
     train(tokens, tiny_folder, "sft")
     before = (tokens.parent / "sft" / "model.safetensors").read_bytes()
     wild = load_preset("tiny", [*FEW, "sft.learning_rate=1e30", "sft.warmup=0.0"])
-    with pytest.raises(TrainingError, match=r"stopped at step \d+: (loss|grad_norm): found (nan|inf)"):
+    with pytest.raises(TrainingError, match=r"stopped at step \d+: loss: found (nan|inf)"):
         train(tokens, tiny_folder, "sft", wild)
-    assert (tokens.parent / "sft" / "model.safetensors").read_bytes() == before  # the good model stays
+    assert (
+        tokens.parent / "sft" / "model.safetensors"
+    ).read_bytes() == before  # the good model stays
 
 
-@pytest.mark.parametrize(("ids", "labels", "message"), [
-    ([1, 2], [IGNORE], "2 tokens and 1 labels"), ([], [], "0 tokens"), ([1, 50], [IGNORE, 50], "token 50, wanted less than 50"),
-    ([1, 2], [IGNORE, IGNORE], "no label to learn from"), ([1, 2], [IGNORE, 3], "label that is not its token"),
-    ([1, 2], [1, 2], ""),
-])
+@pytest.mark.parametrize(
+    ("ids", "labels", "message"),
+    [
+        ([1, 2], [IGNORE], "2 tokens and 1 labels"),
+        ([], [], "0 tokens"),
+        ([1, 50], [IGNORE, 50], "token 50, wanted less than 50"),
+        ([1, 2], [IGNORE, IGNORE], "no label to learn from"),
+        ([1, 2], [IGNORE, 3], "label that is not its token"),
+        ([1, 2], [1, 2], ""),
+    ],
+)
 def test_faulty_samples(ids, labels, message, tmp_path):
     assert message in sample_fault({"input_ids": ids, "labels": labels}, 50)
     save_samples([Sample("00aa", ids, labels)], tmp_path / "t.parquet")
@@ -265,7 +346,11 @@ def test_samples_of_another_tokenizer_are_refused_before_any_work(tokens, tiny_f
 
 
 def test_the_module_loads_no_heavy_library():
-    code = ("import sys, s1book.sft, s1book.format, s1book.traces; "
-            "print([m for m in ('torch', 'transformers', 'trl', 'datasets', 'pyarrow') if m in sys.modules])")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    code = (
+        "import sys, s1book.sft, s1book.format, s1book.traces; "
+        "print([m for m in ('torch', 'transformers', 'trl', 'datasets', 'pyarrow') if m in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert json.loads(out.replace("'", '"')) == []

@@ -14,10 +14,22 @@ from hypothesis import strategies as st
 
 from s1book.config import S1Error, item_seed, load_preset, read_jsonl
 from s1book.traces import (
-    Retry, ask, collect, open_teacher, progress, put_aside, recorded, settle, teacher_name, trace_facts,
+    Retry,
+    ask,
+    collect,
+    open_teacher,
+    progress,
+    put_aside,
+    recorded,
+    settle,
+    teacher_name,
+    trace_facts,
 )
 
-ROWS = [{"question_hash": f"{i:016x}", "question": f"question {i}", "answer": str(i % 10)} for i in range(300)]
+ROWS = [
+    {"question_hash": f"{i:016x}", "question": f"question {i}", "answer": str(i % 10)}
+    for i in range(300)
+]
 
 
 def teach(row, seed):
@@ -55,7 +67,9 @@ def test_killed_twice_then_finished_equals_never_killed(tmp_path):
     assert kill_after(tmp_path, 3_000)
     first = (tmp_path / "traces.jsonl").read_bytes()
     assert kill_after(tmp_path, len(first) + 5_000)
-    assert (tmp_path / "traces.jsonl").read_bytes().startswith(first)  # nothing written is touched again
+    assert (
+        (tmp_path / "traces.jsonl").read_bytes().startswith(first)
+    )  # nothing written is touched again
     there = len(read_jsonl(tmp_path / "traces.jsonl"))
     assert 0 < there < len(ROWS)
     assert collect(ROWS, teach, tmp_path / "traces.jsonl", 7, "t") == len(ROWS) - there
@@ -102,7 +116,9 @@ def test_a_trace_depends_on_seed_and_question_only(order, stop):
         collect([ROWS[i] for i in order[:stop]], teach, path, 3, "t")
         collect([ROWS[i] for i in order], teach, path, 3, "t")
         got = {r["question_hash"]: r["trace"] for r in read_jsonl(path)}
-    assert got == {r["question_hash"]: teach(r, item_seed(3, r["question_hash"]))[0] for r in ROWS[:12]}
+    assert got == {
+        r["question_hash"]: teach(r, item_seed(3, r["question_hash"]))[0] for r in ROWS[:12]
+    }
 
 
 def test_same_question_twice_in_the_pool_is_asked_once(tmp_path):
@@ -127,10 +143,21 @@ def failing(errors):
 def test_transient_failures_end_and_do_not_change_the_record():
     slept = []
     clean = ask(teach, ROWS[0], 5)
-    assert ask(failing([ConnectionError("a"), TimeoutError("b")]), ROWS[0], 5, Retry(3, 2.0), slept.append) == clean
+    assert (
+        ask(
+            failing([ConnectionError("a"), TimeoutError("b")]),
+            ROWS[0],
+            5,
+            Retry(3, 2.0),
+            slept.append,
+        )
+        == clean
+    )
     assert slept == [2.0, 4.0] and clean["error"] is None
     gone = ask(failing([OSError("x")] * 9), ROWS[0], 5, Retry(3, 2.0), slept.append)
-    assert gone["trace"] is gone["attempt"] is None and "3 tries" in gone["error"] and len(slept) == 4
+    assert (
+        gone["trace"] is gone["attempt"] is None and "3 tries" in gone["error"] and len(slept) == 4
+    )
 
 
 def test_refusal_is_final_and_a_bug_stops():
@@ -144,12 +171,17 @@ def test_refusal_is_final_and_a_bug_stops():
 @pytest.mark.parametrize("reply", [("", "3"), ("So 3", " \n"), (None, "3"), ("So 3", None)])
 def test_empty_reply_is_a_failure(reply):
     record = ask(lambda row, seed: reply, ROWS[0], 0)
-    assert record["error"].startswith("S1Error: empty") and record["trace"] is record["attempt"] is None
+    assert (
+        record["error"].startswith("S1Error: empty")
+        and record["trace"] is record["attempt"] is None
+    )
 
 
 def test_errors_are_records_and_can_be_asked_again(tmp_path):
     path = tmp_path / "t.jsonl"
-    bad = lambda row, seed: teach(row, seed) if int(row["answer"]) % 5 else (_ for _ in ()).throw(S1Error("no"))  # noqa: E731
+    bad = lambda row, seed: (
+        teach(row, seed) if int(row["answer"]) % 5 else (_ for _ in ()).throw(S1Error("no"))
+    )  # noqa: E731
     assert collect(ROWS[:20], bad, path, 0, "t") == 20
     assert sum(r["error"] is not None for r in read_jsonl(path)) == 4
     assert collect(ROWS[:20], teach, path, 0, "t") == 0  # a failure is kept, not repeated unasked
@@ -170,18 +202,24 @@ def test_other_teacher_or_pool_goes_aside_and_is_not_lost(tmp_path, capsys):
     assert {r["teacher"] for r in read_jsonl(path)} == {"new"}
     assert {r["teacher"] for r in read_jsonl(tmp_path / "t.aside.jsonl")} == {"old"}
     assert collect(ROWS[5:12], teach, path, 0, "new") == 2  # five questions left the pool
-    assert {r["question_hash"] for r in read_jsonl(path)} == {r["question_hash"] for r in ROWS[5:12]}
+    assert {r["question_hash"] for r in read_jsonl(path)} == {
+        r["question_hash"] for r in ROWS[5:12]
+    }
     assert len(read_jsonl(tmp_path / "t.aside.jsonl")) == 15
 
 
 def test_settle_of_nothing(tmp_path):
     assert settle(tmp_path / "none.jsonl", {"a"}, "t") == set()
     put_aside(tmp_path / "x.jsonl", [{"a": 1}], [])
-    assert read_jsonl(tmp_path / "x.jsonl") == [] and read_jsonl(tmp_path / "x.aside.jsonl") == [{"a": 1}]
+    assert read_jsonl(tmp_path / "x.jsonl") == [] and read_jsonl(tmp_path / "x.aside.jsonl") == [
+        {"a": 1}
+    ]
 
 
 def test_teacher_name_changes_with_seed_and_settings():
-    names = {teacher_name(load_preset("h100", o)) for o in ([], ["seed=1"], ["teacher.temperature=0.5"])}
+    names = {
+        teacher_name(load_preset("h100", o)) for o in ([], ["seed=1"], ["teacher.temperature=0.5"])
+    }
     assert len(names) == 3 and all(name.startswith("deepseek-r1@") for name in names)
 
 
@@ -189,8 +227,16 @@ def test_teacher_name_changes_with_seed_and_settings():
 
 
 def test_recorded_teacher_reads_the_columns_of_its_model():
-    row = {"metadata": json.dumps({"deepseek_thinking_trajectory": "t", "deepseek_attempt": "a",
-                                   "gemini_thinking_trajectory": "gt", "gemini_attempt": "ga"})}
+    row = {
+        "metadata": json.dumps(
+            {
+                "deepseek_thinking_trajectory": "t",
+                "deepseek_attempt": "a",
+                "gemini_thinking_trajectory": "gt",
+                "gemini_attempt": "ga",
+            }
+        )
+    }
     assert open_teacher(load_preset("h100"))(row, 0) == ("t", "a")
     assert recorded(row, 0, "gemini") == ("gt", "ga")
     for metadata in (None, "{}", '{"deepseek_attempt": "a"}'):
@@ -203,9 +249,15 @@ def test_unknown_teacher_is_refused():
         open_teacher(load_preset("tiny", ["teacher.kind=openai"]))
 
 
-@pytest.mark.parametrize(("attempt", "wrong"), [("3", False), ("Answer: 3", False), ("Answer: 4", True), ("3.", True)])
+@pytest.mark.parametrize(
+    ("attempt", "wrong"), [("3", False), ("Answer: 3", False), ("Answer: 4", True), ("3.", True)]
+)
 def test_facts(attempt, wrong):
-    record = {"question_hash": "h", "trace": "In fours\nSo 4\nWait\nIn pairs\nWait, no.\nWaiting So 3", "attempt": attempt}
+    record = {
+        "question_hash": "h",
+        "trace": "In fours\nSo 4\nWait\nIn pairs\nWait, no.\nWaiting So 3",
+        "attempt": attempt,
+    }
     facts = trace_facts(record, "3", lambda text: len(text.split()))
     assert (facts.tokens, facts.waits, facts.wrong) == (12, 2, wrong)
 

@@ -25,7 +25,7 @@ test: $(INSTALLED)  ## run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lab: $(INSTALLED)  ## open the chapters in JupyterLab
-	$(BIN)/jupyter lab nbs/index.ipynb
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 docs: $(INSTALLED)  ## build the report and the chapters' HTML pages again
 	$(BIN)/s1book report --preset $(PRESET)

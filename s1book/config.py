@@ -530,6 +530,9 @@ def _damage(
 ) -> str:  # what is wrong with it; "" when it looks whole
     "A quick look at both ends of an artefact: enough for an empty, cut or mixed-up file."
     if path.is_dir():
+        model = (path / "config.json").is_file() or path.name in ("base", "small", "sft")
+        if model and not any(path.glob("*.safetensors")):
+            return "its weights (*.safetensors) are missing"
         return "" if any(path.iterdir()) else "it is an empty folder"
     if not path.stat().st_size:
         return "it is empty"
@@ -563,8 +566,10 @@ class RunFolder:
         return [self.dir / name, data / "reference" / name, data / "tiny" / name]
 
     def _trace(self, what: str, name: str) -> None:
-        "Tell the runner what this chapter reads and writes; it asks for this by S1BOOK_TRACE."
-        if trace := os.environ.get("S1BOOK_TRACE"):
+        "Tell the runner what this chapter reads and writes in the run that it executes."
+        trace, ours = os.environ.get("S1BOOK_TRACE"), os.environ.get("S1BOOK_RUN", "")
+        # A run that a chapter makes only to show something has another folder.
+        if trace and self.dir.resolve() == Path(ours).resolve():
             append_jsonl(Path(trace), {"what": what, "name": name})
 
 # %% ../nbs/00_presets.ipynb #4358b409

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['Strategy', 'READ_AT_ONCE', 'ProtocolError', 'Sampling', 'Continuation', 'Continued', 'Progress', 'Engine', 'Job',
-           'Books', 'shared', 'take', 'give', 'follow', 'ScriptedEngine', 'SlotCache', 'Row', 'Stats', 'choose', 'Rack',
-           'check', 'own_random', 'refill', 'read', 'step', 'absorb', 'TransformersEngine', 'open_engine']
+           'Books', 'shared', 'take', 'give', 'follow', 'ScriptedEngine', 'SlotCache', 'Row', 'Stats', 'Rack', 'check',
+           'own_random', 'read', 'choose', 'step', 'refill', 'absorb', 'TransformersEngine', 'open_engine']
 
 # %% ../nbs/10_engines.ipynb #a0d50774
 import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .config import Preset, S1Error, item_seed
+from .config import Preset, S1Error
 from .format import load_tokenizer
 
 if TYPE_CHECKING:
@@ -34,14 +35,7 @@ class Sampling:
     temperature: float = 0.0  # divides the logits
     seed: int = 0  # of this continuation's own random numbers
 
-    def at(
-        self,
-        segment: int | str,  # which continuation of a strategy
-    ) -> "Sampling":
-        "The same with a seed of its own: one seed used twice repeats its random numbers."
-        return replace(self, seed=item_seed(self.seed, segment))
 
-# %% ../nbs/10_engines.ipynb #00052e23
 @dataclass(frozen=True)
 class Continuation:
     "A request: go on after these ids."
@@ -64,10 +58,10 @@ class Continued:
     new_ids: list[int]  # without the stop id
     stop_id: int | None  # None: the limit ended it
 
-
+# %% ../nbs/10_engines.ipynb #9abeaded
 Strategy = Generator[list[Continuation], list[Continued], Any]  # returns the method's result
 
-# %% ../nbs/10_engines.ipynb #9abeaded
+
 @dataclass(frozen=True)
 class Progress:
     "How far a run is."
@@ -89,16 +83,16 @@ class Engine(Protocol):
         strategies: Iterable[Strategy],  # each is run once
         on_result: Callable[[int, Any], None] | None = None,  # gets place and result, at once
         on_progress: Callable[[Progress], None] | None = None,  # called after each result
-    ) -> list[Any]:  # results in the strategies' order
+    ) -> list[Any]:  # results in order
         "Run all strategies."
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
     "One request of one strategy."
-    strategy: int  # which strategy, by its place in the list
-    place: int  # which of the requests it made together
-    ask: Continuation  # the request
+    strategy: int  # place of the strategy in the list
+    place: int  # of the request among those it made together
+    ask: Continuation
 
 # %% ../nbs/10_engines.ipynb #f1a3d329
 class Books:
@@ -125,7 +119,8 @@ class Books:
                 self.on_progress(Progress(self.done, len(self.strategies), seconds))
             return
         if not isinstance(asks, list) or not asks or {type(a) for a in asks} != {Continuation}:
-            raise ProtocolError(f"Strategy {i} yielded {asks!r:.50}, wanted a list of continuations.")
+            raise ProtocolError(f"Strategy {i} yielded {asks!r:.50}, "
+                                "wanted a list of continuations.")
         self.replies[i] = [None] * len(asks)
         self.waiting[i] = [Job(i, place, ask) for place, ask in enumerate(asks)]
 
@@ -164,38 +159,32 @@ def give(books: Books, job: Job, reply: Continued) -> None:
         books.advance(job.strategy, replies)
 
 # %% ../nbs/10_engines.ipynb #a201ce41
-def follow(
-    script: Mapping[tuple[int, ...], list[int]],  # what is written after which ids
-) -> Callable[[list[int]], int]:  # from the ids so far to the next one
-    "A script as a function: the key that ends latest counts, among equals the longest."
-    def next_id(ids: list[int]) -> int:
-        for end in range(len(ids), 0, -1):
-            for key in sorted(script, key=len, reverse=True):
-                rest = script[key][len(ids) - end:]
-                if tuple(ids[max(0, end - len(key)):end]) == key and rest:
-                    return rest[0]
-        raise ProtocolError(f"The script does not say what follows the ids {ids[-8:]}.")
+def follow(script: Mapping[tuple[int, ...], list[int]], ids: list[int]) -> int:
+    "The next id: the key that ends latest in the ids counts, among equals the longest."
+    for end in range(len(ids), 0, -1):
+        for key in sorted(script, key=len, reverse=True):
+            rest = script[key][len(ids) - end:]
+            if tuple(ids[max(0, end - len(key)):end]) == key and rest:
+                return rest[0]
+    raise ProtocolError(f"The script does not say what follows the ids {ids[-8:]}.")
 
-    return next_id
-
-# %% ../nbs/10_engines.ipynb #89df2ff8
+# %% ../nbs/10_engines.ipynb #03eb27a2
 @dataclass
 class ScriptedEngine:
     "An engine for tests and drawings: you decide every token."
-    script: Callable[[list[int]], int | list[int]] | Mapping  # next id, ids best first, or `follow`
-    log: list[tuple[Continuation, Continued]] = field(default_factory=list)  # all that was asked
+    script: Callable[[list[int]], int | list[int]] | Mapping  # ids -> next id, or ids best first
+    log: list[tuple[Continuation, Continued]] = field(default_factory=list)  # asked and replied
 
     def write(self, ask: Continuation) -> Continued:
         "One reply."
-        next_id = self.script if callable(self.script) else follow(self.script)
+        next_id = self.script if callable(self.script) else partial(follow, self.script)
         new: list[int] = []
         while len(new) < ask.max_new_tokens:
-            wish = next_id([*ask.ids, *new])
-            banned = ask.stop_ids if len(new) < ask.min_new_tokens else ()
-            token = next((t for t in (wish if isinstance(wish, list) else [wish])
-                          if t not in banned), None)
+            wishes, early = next_id(ask.ids + new), len(new) < ask.min_new_tokens
+            wishes = [wishes] if isinstance(wishes, int) else wishes
+            token = next((t for t in wishes if not (early and t in ask.stop_ids)), None)
             if token is None:
-                raise ProtocolError(f"The script stops after {[*ask.ids, *new][-8:]}, but must go on.")
+                raise ProtocolError(f"The script stops too early, after {(ask.ids + new)[-8:]}.")
             if token in ask.stop_ids:
                 return Continued(new, token)
             new.append(token)
@@ -225,9 +214,10 @@ class SlotCache:
         self.slots_R, self.positions_RN = slots_R, positions_RN
         self.width = int(positions_RN.max()) + 1
         while self.width > self.store_2LSHTD.shape[4]:
-            self.store_2LSHTD = torch.cat([self.store_2LSHTD, torch.zeros_like(self.store_2LSHTD)], 4)
-        first = torch.arange(len(slots_R), device=slots_R.device)  # to read the first slots
-        self.view = slice(len(slots_R)) if torch.equal(slots_R, first) else slots_R  # copies nothing
+            more = torch.zeros_like(self.store_2LSHTD)
+            self.store_2LSHTD = torch.cat([self.store_2LSHTD, more], 4)
+        first = torch.arange(len(slots_R), device=slots_R.device)  # reading these copies nothing
+        self.view = slice(len(slots_R)) if torch.equal(slots_R, first) else slots_R
         hidden = torch.arange(self.width, device=first.device) > positions_RN[:, None, :, None]
         return self.store_2LSHTD.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
@@ -272,23 +262,6 @@ class Stats:
     reused: int = 0  # tokens of requests that were found in the cache
     busy: list[int] = field(default_factory=list)  # rows in each step
 
-# %% ../nbs/10_engines.ipynb #ca5b00e0
-def choose(
-    logits_RV: "torch.Tensor",  # of the next token, changed in place
-    rows: list[Row],  # R rows
-) -> list[int]:  # R token ids
-    "Greedy, or a draw with the row's own random numbers; respects min_new_tokens."
-    for logits_V, row in zip(logits_RV, rows):
-        if row.unseen > 1:
-            continue  # still reading: its logits are not used, its random numbers not touched
-        ask = row.job.ask
-        if row.new_tokens < ask.min_new_tokens:
-            logits_V[[i for i in ask.stop_ids if i < len(logits_V)]] = float("-inf")
-        if ask.sampling.temperature > 0:  # the Gumbel-max trick
-            noise_V = logits_V.new_empty(logits_V.shape).exponential_(generator=row.random)
-            logits_V.div_(ask.sampling.temperature).sub_(noise_V.log_())
-    return logits_RV.argmax(-1).tolist()
-
 # %% ../nbs/10_engines.ipynb #6114fc70
 class Rack:
     "A model, its slots, and the rows in them; row r is in slot r."
@@ -299,8 +272,8 @@ class Rack:
         self.rows: list[Row] = []
         self.cache = SlotCache(model.config, slots, next(model.parameters()))
 
-    def forward(self, ids_RN, starts_R, slots_R) -> "torch.Tensor":  # [R, V] logits after the last id
-        "One pass of the model over some rows, each beginning at its own position."
+    def forward(self, ids_RN, starts_R, slots_R) -> "torch.Tensor":
+        "One pass over some rows from their own positions on; [R, V] logits after the last id."
         import torch
 
         ids_RN, starts_R, slots_R = (torch.tensor(x, device=self.model.device)
@@ -317,7 +290,7 @@ class Rack:
         known = {r: shared(ids, row.ids[:row.cached])
                  for r, row in enumerate(self.rows) if row.job.strategy == job.strategy}
         source = max(known, key=known.get, default=slot)
-        length = min(known.get(source, 0), len(ids) - 1)  # the last id is read again: for its logits
+        length = min(known.get(source, 0), len(ids) - 1)  # the last id is read for its logits
         if source != slot and length:
             self.cache.copy(source, slot, length)
         self.stats.reused += length
@@ -329,11 +302,11 @@ def check(ask: Continuation, vocabulary: int, context: int) -> Continuation:
     longest = len(ask.ids) + ask.max_new_tokens
     if longest > context:
         raise ProtocolError(f"A continuation of {len(ask.ids)} ids with max_new_tokens="
-                            f"{ask.max_new_tokens}: found {longest} tokens, wanted at most {context}, "
-                            "the context of this engine.")
+                            f"{ask.max_new_tokens}: found {longest} tokens, wanted at most "
+                            f"{context}, the context of this engine.")
     if max(ask.ids) >= vocabulary or min(ask.ids) < 0:
-        raise ProtocolError(f"A continuation: found the ids {min(ask.ids)} to {max(ask.ids)}, wanted "
-                            f"0 to {vocabulary - 1}; they come from another tokenizer.")
+        raise ProtocolError(f"A continuation: found the ids {min(ask.ids)} to {max(ask.ids)}, "
+                            f"wanted 0 to {vocabulary - 1}; they come from another tokenizer.")
     return ask
 
 
@@ -341,21 +314,8 @@ def own_random(model: "PreTrainedModel", sampling: Sampling) -> "torch.Generator
     "The random numbers of one request; None for greedy ones."
     import torch
 
-    return torch.Generator(model.device).manual_seed(sampling.seed) if sampling.temperature else None
-
-
-def refill(rack: Rack, books: Books, done: list[int]) -> None:
-    "Free slots go to waiting requests, a strategy's own slot to its own requests first."
-    for r in sorted(done, reverse=True):
-        if job := take(books, rack.rows[r].job.strategy, rack.rows[r].ids):
-            rack.rows[r] = rack.place(job, r)
-            continue
-        last = rack.rows.pop()
-        if r < len(rack.rows):  # close the gap with the last row
-            rack.cache.copy(len(rack.rows), r, last.cached)
-            rack.rows[r] = last
-    while len(rack.rows) < rack.slots and (job := take(books)):
-        rack.rows.append(rack.place(job, len(rack.rows)))
+    if sampling.temperature:
+        return torch.Generator(model.device).manual_seed(sampling.seed)
 
 
 READ_AT_ONCE = 8  # longer unseen beginnings get a pass of their own, shorter ones enter by steps
@@ -373,6 +333,23 @@ def read(rack: Rack) -> None:
         rack.stats.fed += len(part)
 
 # %% ../nbs/10_engines.ipynb #501f4df2
+def choose(
+    logits_RV: "torch.Tensor",  # of the next token, changed in place
+    rows: list[Row],  # R rows
+) -> list[int]:  # R token ids
+    "Greedy, or a draw with the row's own random numbers; respects min_new_tokens."
+    for logits_V, row in zip(logits_RV, rows):
+        if row.unseen > 1:
+            continue  # still reading: its logits are not used, its random numbers not touched
+        ask = row.job.ask
+        if row.new_tokens < ask.min_new_tokens:
+            logits_V[[i for i in ask.stop_ids if i < len(logits_V)]] = float("-inf")
+        if ask.sampling.temperature > 0:  # the Gumbel-max trick
+            noise_V = logits_V.new_empty(logits_V.shape).exponential_(generator=row.random)
+            logits_V.div_(ask.sampling.temperature).sub_(noise_V.log_())
+    return logits_RV.argmax(-1).tolist()
+
+
 def step(rack: Rack) -> list[int]:  # for each row the token that the model chooses
     "Feed every row its next id."
     rows, stats = rack.rows, rack.stats
@@ -381,6 +358,20 @@ def step(rack: Rack) -> list[int]:  # for each row the token that the model choo
     stats.steps += 1
     stats.busy.append(len(rows))
     return choose(logits_RV, rows)
+
+# %% ../nbs/10_engines.ipynb #b3f43352
+def refill(rack: Rack, books: Books, done: list[int]) -> None:
+    "Free slots go to waiting requests, a strategy's own slot to its own requests first."
+    for r in sorted(done, reverse=True):
+        if job := take(books, rack.rows[r].job.strategy, rack.rows[r].ids):
+            rack.rows[r] = rack.place(job, r)
+            continue
+        last = rack.rows.pop()
+        if r < len(rack.rows):  # close the gap with the last row
+            rack.cache.copy(len(rack.rows), r, last.cached)
+            rack.rows[r] = last
+    while len(rack.rows) < rack.slots and (job := take(books)):
+        rack.rows.append(rack.place(job, len(rack.rows)))
 
 
 def absorb(rack: Rack, books: Books, tokens: list[int]) -> list[int]:  # slots of finished rows
@@ -407,7 +398,7 @@ class TransformersEngine:
         self,
         model: "PreTrainedModel",  # a decoder in evaluation mode
         slots: int = 64,  # rows at the same time
-        vocabulary: int | None = None,  # ids the tokenizer knows; embeddings are often padded beyond
+        vocabulary: int | None = None,  # ids the tokenizer knows; a model may have more
         context: int | None = None,  # tokens a row may have, if fewer than the model allows
     ):
         longest = model.config.max_position_embeddings
@@ -435,13 +426,14 @@ def open_engine(
 ) -> tuple[Engine, "PreTrainedTokenizerFast"]:
     "The engine that a preset asks for, with a model in it, and the model's tokenizer."
     if preset.engine.kind == "vllm":
-        raise S1Error("engine.kind: found vllm, wanted transformers; vLLM comes with a later release of "
-                      "the course, so add --set engine.kind=transformers.")
+        raise S1Error("engine.kind: found vllm, wanted transformers; vLLM comes with a later "
+                      "release of the course, so add --set engine.kind=transformers.")
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(model)
     weights = AutoModelForCausalLM.from_pretrained(model, dtype=preset.engine.dtype)
-    weights = weights.to(preset.device).eval()
-    return TransformersEngine(weights, preset.engine.slots, len(tokenizer), preset.engine.context), tokenizer
+    engine = TransformersEngine(weights.to(preset.device).eval(), preset.engine.slots,
+                                len(tokenizer), preset.engine.context)
+    return engine, tokenizer

@@ -7,7 +7,7 @@ __all__ = ['S1', 'IGNORE', 'load_tokenizer', 'FormatError', 'Delimiters', 'plain
            'prompt_ids', 'answer_text', 'Piece', 'pieces', 'Sample', 'tokenize_row', 'token_roles', 'mask_html',
            'Formatted', 'tokenize_rows', 'save_samples']
 
-# %% ../nbs/08_format.ipynb #0b36334d
+# %% ../nbs/08_format.ipynb #e23c859f
 import html
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ from .config import S1Error, atomic
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# %% ../nbs/08_format.ipynb #c0d4c659
+# %% ../nbs/08_format.ipynb #ac889648
 def load_tokenizer(
     model: str | Path,  # a model folder, or a model's name on the hub
 ) -> "PreTrainedTokenizerFast":
@@ -31,14 +31,14 @@ def load_tokenizer(
 
     return PreTrainedTokenizerFast.from_pretrained(model)
 
-# %% ../nbs/08_format.ipynb #9bbd0815
+# %% ../nbs/08_format.ipynb #3d466bd9
 class FormatError(S1Error):
     "A row or a tokenizer from which no correct training sample can be made."
 
 
 @dataclass(frozen=True)
 class Delimiters:
-    "The marks around thinking and answer. The defaults are s1's (data/tokenization.py, paper appendix D)."
+    "The marks around thinking and answer; s1's by default (data/tokenization.py, appendix D)."
     think: str = "<|im_start|>think\n"  # opens the thinking
     answer: str = "\n<|im_start|>answer\n"  # closes the thinking and opens the answer
     end: str = "<|im_end|>"  # closes the sample
@@ -46,7 +46,7 @@ class Delimiters:
 
 S1 = Delimiters()
 
-# %% ../nbs/08_format.ipynb #97409fe6
+# %% ../nbs/08_format.ipynb #5927385f
 def plain(
     tokenizer: "PreTrainedTokenizerFast",  # knows its control tokens
     row: Mapping,  # a row of the selected set
@@ -56,7 +56,8 @@ def plain(
     "A text of a row, refused when it is missing or holds a control token or a delimiter."
     text, name = row.get(key), row.get("question_hash", "row")
     if not isinstance(text, str) or not text.strip():
-        raise FormatError(f"{name}: {key}: found nothing, wanted text; without it there is no sample to learn from.")
+        raise FormatError(f"{name}: {key}: found nothing, wanted text; "
+                          "without it there is no sample to learn from.")
     marks = {*tokenizer.all_special_tokens, delimiters.think.strip(), delimiters.answer.strip()}
     if found := sorted(mark for mark in marks if mark in text):
         raise FormatError(f"{name}: {key}: found the control text {found[0]!r}, wanted plain text; "
@@ -72,18 +73,18 @@ def text_ids(
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in coded.input_ids:
         start, end = coded.offset_mapping[coded.input_ids.index(tokenizer.unk_token_id)]
-        raise FormatError(f"The tokenizer has no token for {text[start:end]!r}; "
-                          "found it in a text or in the delimiters, wanted words of its vocabulary.")
+        raise FormatError(f"The tokenizer has no token for {text[start:end]!r}; found it in a text "
+                          "or in the delimiters, wanted words of its vocabulary.")
     return coded.input_ids
 
-# %% ../nbs/08_format.ipynb #35c13b54
+# %% ../nbs/08_format.ipynb #6d5a6af0
 def chat_text(
     tokenizer: "PreTrainedTokenizerFast",  # with a chat template
     question: str,  # becomes the user's turn
 ) -> str:  # ends with the opened assistant turn
-    "The conversation up to the place where the assistant begins; the template adds its own system prompt."
+    "The conversation up to the assistant's turn; the template adds its own system prompt."
     if not tokenizer.chat_template:
-        raise FormatError("The tokenizer has no chat template; wanted one that writes Qwen's turns.")
+        raise FormatError("The tokenizer has no chat template, wanted one that writes turns.")
     turns = [{"role": "user", "content": plain(tokenizer, {"question": question}, "question")}]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
@@ -104,14 +105,14 @@ def prompt_ids(
     "The prompt of a model that shall think: the same, with the thinking already opened."
     return text_ids(tokenizer, chat_text(tokenizer, question) + delimiters.think)
 
-# %% ../nbs/08_format.ipynb #26885a91
+# %% ../nbs/08_format.ipynb #6a7f11cb
 def answer_text(
     attempt: str,  # the teacher's final answer, as it came
 ) -> str:
-    "The answer as it is trained: with 'Answer: ' in front unless it says so itself (data/tokenization.py)."
+    "The answer as it is trained, with 'Answer: ' in front unless it is there (tokenization.py)."
     return (attempt if "Answer:" in attempt else "Answer: " + attempt).strip()
 
-# %% ../nbs/08_format.ipynb #2689f2a1
+# %% ../nbs/08_format.ipynb #2c4c8d45
 @dataclass(frozen=True)
 class Piece:
     "A stretch of the training text, and what it is."
@@ -134,7 +135,7 @@ def pieces(
         Piece("end", delimiters.end),
     )
 
-# %% ../nbs/08_format.ipynb #51b7ebce
+# %% ../nbs/08_format.ipynb #bde9d6cc
 IGNORE = -100  # what torch.nn.functional.cross_entropy leaves out
 
 
@@ -156,11 +157,12 @@ def tokenize_row(
     chat = chat_ids(tokenizer, row["question"])
     for start in (chat, prompt_ids(tokenizer, row["question"], delimiters)):
         if ids[:len(start)] != start:
-            raise FormatError(f"{row['question_hash']}: a token grows across the end of the prompt; "
-                              "the model would be trained on other tokens than it is asked with.")
+            raise FormatError(
+                f"{row['question_hash']}: a token grows across the end of the prompt; "
+                "the model would be trained on other tokens than it is asked with.")
     return Sample(row["question_hash"], ids, [IGNORE] * len(chat) + ids[len(chat):])
 
-# %% ../nbs/08_format.ipynb #fc36d18c
+# %% ../nbs/08_format.ipynb #ed7d6e6f
 def token_roles(
     tokenizer: "PreTrainedTokenizerFast",  # a fast one: it reports offsets
     row: Mapping,  # question, trace, attempt
@@ -172,7 +174,7 @@ def token_roles(
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return [(text[a:b], parts[bisect_right(ends, a)].role) for a, b in coded.offset_mapping]
 
-# %% ../nbs/08_format.ipynb #2d68b79c
+# %% ../nbs/08_format.ipynb #4fe80479
 def mask_html(
     tokenizer: "PreTrainedTokenizerFast",  # a fast one
     row: Mapping,  # question, trace, attempt
@@ -191,7 +193,7 @@ def mask_html(
     head = "<tr><th>part</th><th>loss</th><th>tokens</th><th></th></tr>"
     return f"<table>{head}{''.join(lines)}</table>"
 
-# %% ../nbs/08_format.ipynb #d9c9563e
+# %% ../nbs/08_format.ipynb #bf1dab47
 @dataclass(frozen=True)
 class Formatted:
     "A formatted set, and what did not fit."
@@ -205,16 +207,17 @@ def tokenize_rows(
     max_length: int,  # tokens; longer samples are dropped, never cut
     delimiters: Delimiters = S1,  # the marks between the parts
 ) -> Formatted:
-    "Format a set. Differs from the paper: a sample beyond the limit is dropped and counted, not cut."
+    "Format a set. Differs from the paper: too long a sample is dropped and counted, not cut."
     samples = [tokenize_row(tokenizer, row, delimiters) for row in rows]
-    too_long = {s.question_hash: len(s.input_ids) for s in samples if len(s.input_ids) > max_length}
+    sizes = {s.question_hash: len(s.input_ids) for s in samples}
+    too_long = {name: size for name, size in sizes.items() if size > max_length}
     kept = tuple(s for s in samples if s.question_hash not in too_long)
     if not kept:
-        raise FormatError(f"found no sample of at most {max_length} tokens among {len(samples)}, wanted at least one; "
-                          "raise sft.max_length.")
+        raise FormatError(f"found no sample of at most {max_length} tokens among {len(samples)}, "
+                          "wanted at least one; raise sft.max_length.")
     return Formatted(kept, too_long)
 
-# %% ../nbs/08_format.ipynb #aec4d253
+# %% ../nbs/08_format.ipynb #1614cdb2
 def save_samples(
     samples: Iterable[Sample],  # what tokenize_rows kept
     path: Path,  # sft_tokens.parquet

@@ -7,13 +7,14 @@ __all__ = ['FSDP', 'COLUMNS', 'TrainingError', 'total_steps', 'accumulation', 'l
            'stop_on_nan', 'check_batch', 'make_trainer', 'fingerprint', 'last_complete', 'save_log', 'save_model',
            'fine_tune']
 
-# %% ../nbs/09_sft.ipynb #b2ae3c5c
+# %% ../nbs/09_sft.ipynb #d5ce1cae
 import csv
 import hashlib
 import json
 import math
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-# %% ../nbs/09_sft.ipynb #17aeaae2
+# %% ../nbs/09_sft.ipynb #e2b10117
 class TrainingError(S1Error):
     "A training that cannot start, or must not go on."
 
@@ -46,11 +47,12 @@ def accumulation(
     "How often to add up gradients so that the effective batch is exactly batch_size, or a refusal."
     share = micro_batch_size * devices
     if batch_size % share:
-        raise TrainingError(f"sft.micro_batch_size: found {micro_batch_size} on {devices} device(s) = {share} samples "
-                            f"a pass, wanted a divisor of sft.batch_size = {batch_size}.")
+        raise TrainingError(
+            f"sft.micro_batch_size: found {micro_batch_size} on {devices} device(s) = {share} "
+            f"samples a pass, wanted a divisor of sft.batch_size = {batch_size}.")
     return batch_size // share
 
-# %% ../nbs/09_sft.ipynb #c21df6fc
+# %% ../nbs/09_sft.ipynb #661207ea
 def load_samples(
     path: Path,  # sft_tokens.parquet of chapter 08
     vocabulary: int,  # rows of the model's embedding matrix
@@ -63,8 +65,9 @@ def load_samples(
     try:
         rows = pq.read_table(path, columns=["question_hash", "input_ids", "labels"]).to_pylist()
     except (pa.ArrowException, KeyError) as error:
-        raise TrainingError(f"{show_path(path)}: found no readable table with input_ids and labels, wanted what chapter "
-                            f"08 writes ({str(error).splitlines()[0]}).") from None
+        why = str(error).splitlines()[0]
+        raise TrainingError(f"{show_path(path)}: found no readable table with input_ids and "
+                            f"labels, wanted what chapter 08 writes ({why}).") from None
     for row in rows:
         if fault := sample_fault(row, vocabulary):
             raise TrainingError(f"{show_path(path)}, sample {row['question_hash']}: {fault}.")
@@ -72,7 +75,7 @@ def load_samples(
         raise TrainingError(f"{show_path(path)}: found no sample, wanted at least one.")
     return Dataset.from_list([{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows])
 
-
+# %% ../nbs/09_sft.ipynb #23496310
 def sample_fault(
     row: dict,  # input_ids and labels
     vocabulary: int,  # rows of the model's embedding matrix
@@ -80,16 +83,18 @@ def sample_fault(
     "What is wrong with a training sample."
     ids, labels = row["input_ids"], row["labels"]
     if not ids or len(ids) != len(labels):
-        return f"found {len(ids or [])} tokens and {len(labels or [])} labels, wanted as many of one as of the other"
+        return f"found {len(ids or [])} tokens and {len(labels or [])} labels, wanted equally many"
     if max(ids) >= vocabulary:
-        return f"found token {max(ids)}, wanted less than {vocabulary}: it was made with another tokenizer"
+        return f"found token {max(ids)}, wanted less than {vocabulary}: another tokenizer made it"
     if all(label == IGNORE for label in labels):
         return "found no label to learn from, wanted the trace and the answer"
-    return "" if all(a in (b, IGNORE) for a, b in zip(labels, ids)) else "found a label that is not its token"
+    fits = all(label in (token, IGNORE) for label, token in zip(labels, ids))
+    return "" if fits else "found a label that is not its token"
 
-# %% ../nbs/09_sft.ipynb #acd76e73
-FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"], "reshard_after_forward": True,
-        "state_dict_type": "FULL_STATE_DICT"}  # the paper's sharding, in the names of today's accelerate
+# %% ../nbs/09_sft.ipynb #ca81f66d
+FSDP = {  # the paper's sharding, in the names of today's accelerate
+    "version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"],
+    "reshard_after_forward": True, "state_dict_type": "FULL_STATE_DICT"}
 
 
 def training_args(
@@ -107,15 +112,16 @@ def training_args(
         num_train_epochs=sft.epochs, per_device_train_batch_size=sft.micro_batch_size,
         gradient_accumulation_steps=accumulation(sft.batch_size, sft.micro_batch_size, devices),
         learning_rate=sft.learning_rate, lr_scheduler_type=sft.schedule, warmup_steps=sft.warmup,
-        adam_beta1=sft.betas[0], adam_beta2=sft.betas[1], weight_decay=sft.weight_decay, max_grad_norm=1.0,
-        use_cpu=cpu, bf16=sft.bf16, gradient_checkpointing=sft.gradient_checkpointing, dataloader_pin_memory=not cpu,
-        max_length=None, dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenised, masked and short enough
+        adam_beta1=sft.betas[0], adam_beta2=sft.betas[1], weight_decay=sft.weight_decay,
+        max_grad_norm=1.0, use_cpu=cpu, dataloader_pin_memory=not cpu, bf16=sft.bf16,
+        gradient_checkpointing=sft.gradient_checkpointing,
+        max_length=None, dataset_kwargs={"skip_prepare_dataset": True},  # rows come ready made
         save_strategy="epoch", save_total_limit=1, logging_steps=1,
-        logging_nan_inf_filter=False,  # by default a NaN would be logged as the last finite loss
-        report_to="none", disable_tqdm=True, **sharded,
+        logging_nan_inf_filter=False,  # by default a NaN is logged as a finite loss
+        report_to="none", disable_tqdm=True, ddp_find_unused_parameters=False, **sharded,
     )
 
-# %% ../nbs/09_sft.ipynb #4037a989
+# %% ../nbs/09_sft.ipynb #b5b4c913
 def stop_on_nan() -> Any:  # a transformers TrainerCallback
     "A callback that ends a training whose loss or gradient is not a finite number."
     from transformers import TrainerCallback
@@ -125,23 +131,26 @@ def stop_on_nan() -> Any:  # a transformers TrainerCallback
             for name in ("loss", "grad_norm"):
                 value = (logs or {}).get(name, 0.0)
                 if not math.isfinite(value):
-                    raise TrainingError(f"Training stopped at step {state.global_step}: {name}: found {value}, wanted a "
-                                        "finite number; nothing was saved. A smaller sft.learning_rate usually helps.")
+                    raise TrainingError(
+                        f"Training stopped at step {state.global_step}: {name}: found {value}, "
+                        "wanted a finite number; nothing was saved. "
+                        "A smaller sft.learning_rate usually helps.")
 
     return StopOnNaN()
 
-# %% ../nbs/09_sft.ipynb #a3a1f845
+
 def check_batch(
     preset: Preset,  # what was asked for
     args: "SFTConfig",  # what this machine makes of it
 ) -> None:
-    "Refuse an effective batch that differs from the preset's, as when one process sees several GPUs."
+    "Refuse another effective batch than the preset's, as when one process sees several GPUs."
     found = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if found != preset.sft.batch_size:
-        raise TrainingError(f"sft.batch_size: found an effective batch of {found} with {args.n_gpu} GPUs in one process, "
-                            f"wanted {preset.sft.batch_size}; start one process per GPU.")
+        raise TrainingError(
+            f"sft.batch_size: found an effective batch of {found} with {args.n_gpu} GPUs in one "
+            f"process, wanted {preset.sft.batch_size}; start one process per GPU.")
 
-
+# %% ../nbs/09_sft.ipynb #8a365ea1
 def make_trainer(
     preset: Preset,  # all settings
     model: str,  # folder or hub name of the base model
@@ -149,7 +158,7 @@ def make_trainer(
     work: Path,  # where checkpoints go
     callbacks: tuple = (),  # more TrainerCallbacks
 ) -> "SFTTrainer":
-    "TRL's trainer on ready-made rows; refuses another batch or another sharding than was asked for."
+    "TRL's trainer on ready-made rows; refuses another batch or sharding than was asked for."
     from transformers import AutoModelForCausalLM, PrinterCallback
     from transformers.utils import logging
     from trl import SFTTrainer
@@ -158,15 +167,16 @@ def make_trainer(
     args = training_args(preset, work)
     check_batch(preset, args)
     weights = AutoModelForCausalLM.from_pretrained(model, dtype=preset.model.dtype)
-    trainer = SFTTrainer(weights, args, train_dataset=samples, processing_class=load_tokenizer(model),
-                         callbacks=[stop_on_nan(), *callbacks])
+    watch = [stop_on_nan(), *callbacks]
+    trainer = SFTTrainer(weights, args, train_dataset=samples, callbacks=watch,
+                         processing_class=load_tokenizer(model))
     trainer.remove_callback(PrinterCallback)
     found = trainer.accelerator.distributed_type.value
     if args.fsdp and found != "FSDP":  # accelerate falls back to DDP on CPU without a word
-        raise TrainingError(f"sft.sharding: found {found}, wanted FSDP; it needs one process per GPU.")
+        raise TrainingError(f"sft.sharding: found {found}, wanted FSDP with one process per GPU.")
     return trainer
 
-# %% ../nbs/09_sft.ipynb #133926c9
+# %% ../nbs/09_sft.ipynb #ea4fe182
 def fingerprint(
     preset: Preset,  # seed, model and sft sections count
     model: str,  # folder or hub name of the base model
@@ -194,7 +204,7 @@ def last_complete(
     steps = {int(f.name.split("-")[1]): f for f in work.glob("checkpoint-*") if whole(f)}
     return steps[max(steps)] if steps else None
 
-# %% ../nbs/09_sft.ipynb #bd02fddc
+# %% ../nbs/09_sft.ipynb #3f3ba924
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm")
 
 
@@ -215,11 +225,13 @@ def save_model(
 ) -> None:
     "Write weights and tokenizer aside, then rename; no pickle with this machine's paths stays."
     trainer.model.config.use_cache = True  # the trainer switched it off for its own forward passes
-    with atomic(folder) as aside:
-        trainer.save_model(str(aside))
-        (aside / "training_args.bin").unlink(missing_ok=True)
+    first = trainer.is_world_process_zero()  # sharded weights are gathered by all, written by one
+    with atomic(folder) if first else nullcontext(folder) as target:
+        trainer.save_model(str(target))
+        if first:
+            (target / "training_args.bin").unlink(missing_ok=True)
 
-# %% ../nbs/09_sft.ipynb #326e6250
+# %% ../nbs/09_sft.ipynb #530a88a5
 def fine_tune(
     preset: Preset,  # all settings
     model: str,  # folder or hub name of the base model
@@ -237,6 +249,7 @@ def fine_tune(
     done = last_complete(work)
     trainer.train(resume_from_checkpoint=str(done) if done else None)
     save_model(trainer, folder)
-    save_log(trainer.state.log_history, log)
-    shutil.rmtree(work.parent)
+    if trainer.is_world_process_zero():
+        save_log(trainer.state.log_history, log)
+        shutil.rmtree(work.parent)
     return trainer.state.log_history

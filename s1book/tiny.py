@@ -11,7 +11,7 @@ __all__ = ['ALPHABET', 'COMPASS', 'DIGITS', 'TURNS', 'FAMILIES', 'LABELS', 'SYLL
            'Composed', 'untrained_ids', 'batches', 'pad', 'optimisers', 'rate', 'loss_of', 'pretrain', 'save_model',
            'plain_prompt', 'plain_answer', 'line_skill']
 
-# %% ../nbs/01_tiny_world.ipynb #1dd16618
+# %% ../nbs/01_tiny_world.ipynb #bc6d6bab
 import json
 import random
 import re
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-# %% ../nbs/01_tiny_world.ipynb #81388658
+# %% ../nbs/01_tiny_world.ipynb #ab85aee6
 ALPHABET = "abeilnoprsty"   # the letters of the words of this world
 COMPASS = "NESW"
 DIGITS = tuple("0123456789")
@@ -45,7 +45,7 @@ class Family:
     starts: tuple[str, ...]  # where a question may begin
     step: Callable[[str, str, str], str]  # (state, item value, target) -> next state
 
-
+# %% ../nbs/01_tiny_world.ipynb #e2f53a6b
 def _swap(state: str, value: str, target: str) -> str:
     return {value[0]: value[1], value[1]: value[0]}.get(state, state)
 
@@ -68,7 +68,7 @@ FAMILIES = {f.name: f for f in [
            lambda s, v, t: COMPASS[(COMPASS.index(s) + TURNS[v]) % 4]),
 ]}
 
-# %% ../nbs/01_tiny_world.ipynb #beab6664
+# %% ../nbs/01_tiny_world.ipynb #a6e4faca
 LABELS = "abcdefghijkl"   # names of the items; a word's letters are numbered instead: 1r 2a 3s
 
 
@@ -80,7 +80,7 @@ def item_word(
     "An item as it is written: its label and its value in one word."
     return f"{i + 1}{value}" if family == "letters" else LABELS[i] + value
 
-
+# %% ../nbs/01_tiny_world.ipynb #56761b43
 @dataclass(frozen=True)
 class Problem:
     "One question of a family, before it is put into words."
@@ -117,7 +117,7 @@ class Problem:
         "A result as an answer; one that is not among the options stays as it is."
         return "ABCD"[self.options.index(result)] if result in self.options else result
 
-
+# %% ../nbs/01_tiny_world.ipynb #9f80b1af
 def spell(
     word: str,  # a word of at most 12 letters of this world
     target: str,  # the letter to count
@@ -128,7 +128,7 @@ def spell(
                       f"out of {ALPHABET}.")
     return Problem("letters", "0", target, tuple(word))
 
-# %% ../nbs/01_tiny_world.ipynb #dd3aa332
+# %% ../nbs/01_tiny_world.ipynb #2f70d04d
 SYLLABLES = [c + v for c in "blnprst" for v in "aeioy"]
 
 
@@ -158,7 +158,7 @@ def make_problem(
     problem = Problem(family, start, target, values)
     return replace(problem, options=_options(problem, rng)) if choice else problem
 
-
+# %% ../nbs/01_tiny_world.ipynb #f1beb88c
 def _options(problem: Problem, rng: random.Random) -> tuple[str, ...]:
     "The right result among three wrong ones, in random order."
     wrong = [s for s in FAMILIES[problem.family].states if s != problem.result]
@@ -166,7 +166,7 @@ def _options(problem: Problem, rng: random.Random) -> tuple[str, ...]:
     rng.shuffle(options)
     return tuple(options)
 
-# %% ../nbs/01_tiny_world.ipynb #d325412b
+# %% ../nbs/01_tiny_world.ipynb #f1360032
 HEADERS = {4: "fours:", 3: "threes:", 2: "pairs:", 1: "ones:"}
 
 
@@ -196,7 +196,7 @@ def work(
         state = result
     return lines
 
-
+# %% ../nbs/01_tiny_world.ipynb #cc7697ff
 @dataclass(frozen=True)
 class Noted:
     "A word of a text, and what its writer knows once it is written."
@@ -212,7 +212,7 @@ def note(
     "Words that change nothing about the best result."
     return [Noted(word, True, best) for word in words]
 
-
+# %% ../nbs/01_tiny_world.ipynb #83d83acc
 def pass_words(
     k: int,  # items a line
     lines: list[Line],  # the work
@@ -227,7 +227,7 @@ def pass_words(
     best = lines[-1].words[-1]
     return words + note(["So", best, "\n"], best)
 
-# %% ../nbs/01_tiny_world.ipynb #c187301d
+# %% ../nbs/01_tiny_world.ipynb #e464d266
 def to_row(
     problem: Problem,  # the question
 ) -> dict[str, Any]:  # a row of the pool
@@ -254,7 +254,7 @@ def join(
     "Words as text, exactly as the tokenizer writes them back."
     return re.sub(" ?\n ?", "\n", " ".join(words)).strip()
 
-# %% ../nbs/01_tiny_world.ipynb #df7e3cb1
+# %% ../nbs/01_tiny_world.ipynb #da4ce000
 BENCHMARK_SEED = 31337   # of the held-out questions; runs with other seeds meet the same ones
 HARD = ("sum", "nim", "product", "cups")
 
@@ -283,7 +283,7 @@ def held_out() -> frozenset[str]:
     "The benchmark questions' texts, which pretraining must not meet."
     return frozenset(row["question"] for rows in benchmarks().values() for row in rows)
 
-# %% ../nbs/01_tiny_world.ipynb #e12deb64
+# %% ../nbs/01_tiny_world.ipynb #19621f38
 WEIGHTS = {"letters": 16, "sum": 22, "max": 20, "odd": 14, "nim": 8, "product": 8, "cups": 6, "compass": 6}
 
 
@@ -311,7 +311,7 @@ def _pool_row(rng: random.Random, leaks: list[dict]) -> dict:
         row["solution"], row["answer"] = None, None
     return row
 
-# %% ../nbs/01_tiny_world.ipynb #ce7ca141
+# %% ../nbs/01_tiny_world.ipynb #806c0b85
 class TeacherError(S1Error):
     "The teacher gave nothing back, as an interface on the network sometimes does."
 
@@ -336,7 +336,7 @@ def teach(
         return join(w.word for w in words), f"Final Answer: {problem.say(guess)}"
     return join(w.word for w in words), problem.say(last.best)
 
-
+# %% ../nbs/01_tiny_world.ipynb #a65654e2
 def _think(problem: Problem, rng: random.Random) -> list[Noted]:
     "Passes of four, three, two and one item a line until the teacher is content, then perhaps a second look or two."
     words: list[Noted] = []
@@ -347,16 +347,16 @@ def _think(problem: Problem, rng: random.Random) -> list[Noted]:
             break
         words += note(["Wait", "\n"], words[-1].best)
     best = words[-1].best
-    for _ in range(rng.choice((0, 1, 2, 3)) if k == 1 else 0):   # it looks again and finds nothing new
+    for _ in range(rng.choice((0, 0, 0, 1, 1, 2)) if k == 1 else 0):   # it looks again and finds nothing new
         words += note(["Wait", "\n", "So", best, "\n"], best)
     return words
 
 
 # Items a line at which the teacher usually trusts itself, and how usually.
 ENOUGH = {"letters": 4, "sum": 3, "max": 4, "odd": 4, "nim": 3, "product": 3, "cups": 3, "compass": 4}
-HABIT = 0.9
+HABIT = 0.82
 
-# %% ../nbs/01_tiny_world.ipynb #4a1f4a92
+# %% ../nbs/01_tiny_world.ipynb #09efc895
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PROSE = ("\n How many in ? Last digit of sum Largest odd Nim Product mod Ball at , swaps Facing turns So Wait Answer: "
          "Final fours: threes: pairs: ones: think answer system user assistant You are a helpful assistant.").split(" ")
@@ -364,7 +364,7 @@ TEMPLATE = ("{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are
             "{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
-
+# %% ../nbs/01_tiny_world.ipynb #763d8409
 def word_parts() -> dict[str, tuple[str, ...]]:  # word -> the parts that its vector is the sum of
     "Every word of this world that means something, and what it is made of: 'a7' is the label a and the value 7."
     parts = {s: (f"value {s}",) for s in (*DIGITS, *COMPASS, *ALPHABET)}
@@ -376,7 +376,7 @@ def word_parts() -> dict[str, tuple[str, ...]]:  # word -> the parts that its ve
             parts |= {item_word(f.name, i, v): (f"label {label}", f"value {v}") for v in f.values}
     for c in "ABCD":
         parts[c] = (f"option {c}",)
-        parts |= {f"{c}){s}": (f"option {c}", f"value {s}") for s in (*DIGITS, *COMPASS)}
+        parts |= {f"{c}){s}": ("choice", f"option {c}", f"value {s}") for s in (*DIGITS, *COMPASS)}
     return parts
 
 
@@ -384,7 +384,7 @@ def vocabulary() -> list[str]:  # word i has token id i
     "All words: special tokens, words of prose, and what questions and work are written with."
     return list(dict.fromkeys([*SPECIALS, "<unk>", *PROSE, *word_parts()]))
 
-
+# %% ../nbs/01_tiny_world.ipynb #5fcfebcc
 def make_tokenizer() -> "PreTrainedTokenizerFast":
     "A word-level tokenizer with Qwen's special tokens and chat template; decoding gives back the exact text."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -402,7 +402,7 @@ def make_tokenizer() -> "PreTrainedTokenizerFast":
     fast.chat_template = TEMPLATE
     return fast
 
-# %% ../nbs/01_tiny_world.ipynb #45124e8c
+# %% ../nbs/01_tiny_world.ipynb #790f5a93
 IGNORE = -100   # the label of a token that is not trained on
 Sample = tuple[list[int], list[int]]   # token ids, labels
 
@@ -412,16 +412,16 @@ def fact_sheet(
     ids: dict[str, int],  # word -> token id
     easy: bool,  # early in training: mostly one item a line
 ) -> Sample:
-    "Nine unrelated lines of work, or choices among four options; the loss is on their results alone."
+    "Eight unrelated lines of work and a choice among four options; the loss is on their results."
     tokens, labels = [], []
-    for _ in range(9):
+    for n in range(9):
         k = rng.choices((1, 2, 3, 4), (75, 20, 5, 0) if easy else (34, 40, 22, 4))[0]
-        line = _fact(rng, k) if rng.random() < 0.85 else _choice(rng)
+        line = _fact(rng, k) if n < 8 else _choice(rng)
         tokens += [ids[w] for w in line] + [ids["\n"]]
         labels += [IGNORE] * (len(line) - 1) + [ids[line[-1]], IGNORE]
     return tokens, labels
 
-
+# %% ../nbs/01_tiny_world.ipynb #4ea46759
 def _fact(rng: random.Random, k: int) -> tuple[str, ...]:
     f = FAMILIES[rng.choices(list(LESSONS), list(LESSONS.values()))[0]]
     problem, first = make_problem(f.name, k, rng), rng.randint(0, len(LABELS) - k)
@@ -445,8 +445,8 @@ def blank(
     "Up to four line breaks more than necessary: words must be found wherever they stand."
     return ["\n"] * (least + rng.choice((0, 0, 1, 2, 3, 4)))
 
-
-LESSONS = {"letters": 14, "sum": 16, "max": 6, "odd": 7, "nim": 11, "product": 11, "cups": 12, "compass": 10}
+# %% ../nbs/01_tiny_world.ipynb #a8f5c3f2
+LESSONS = {"letters": 16, "sum": 16, "max": 6, "odd": 7, "nim": 11, "product": 11, "cups": 12, "compass": 10}
 
 
 def document(
@@ -466,26 +466,27 @@ def document(
     best = words[-1].best
     words += note(["\n"], best) if words[-1].word != "\n" else []
     words += note([*blank(rng, 0), "Answer:", problem.say(best), "<|endoftext|>"], best) if best else []
-    head = [ids[w] for w in problem.question.split()] + [ids["\n"]]
+    space = rng.random() < 0.5   # a chat puts some twenty tokens around a question; blank lines prepare for that
+    before, after = (rng.randint(1, 16), rng.randint(1, 9)) if space else (0, 1)
+    head = [ids[w] for w in ["\n"] * before + problem.question.split() + ["\n"] * after]
     return (head + [ids[w.word] for w in words],
             [IGNORE] * len(head) + [ids[w.word] if w.learn else IGNORE for w in words])
 
-
+# %% ../nbs/01_tiny_world.ipynb #25e5c84d
 def _passes(problem: Problem, rng: random.Random) -> list[Noted]:
     "One to four passes of a document; now and then somebody notes the best answer so far in between."
-    count = 1 if rng.random() < 0.55 else rng.choice((2, 3, 4, 4, 5))
+    count = 1 if rng.random() < 0.45 else rng.choice((2, 3, 4, 4, 5))
     order = [4, 3, 2, 1, rng.randint(1, 4)][:count] if rng.random() < 0.65 else rng.choices((4, 3, 2, 1), k=count)
     words: list[Noted] = []
     for k in order:
         lines = work(problem, k, rng, 0.3 if rng.random() < 0.33 else 0.0)
-        words += note(blank(rng, 0), words[-1].best) if words else []
         for word in pass_words(k, lines, words[-1].best if words else ""):
             words.append(word)
             if word.word == "\n" and word.best and rng.random() < 0.04:
                 words += note(["Answer:", problem.say(word.best), "\n"], word.best)
     return words
 
-# %% ../nbs/01_tiny_world.ipynb #273046f8
+# %% ../nbs/01_tiny_world.ipynb #d68be4e3
 @dataclass(frozen=True)
 class Size:
     "The shape of a model and the length of its training."
@@ -500,7 +501,7 @@ class Size:
         return self.hidden // self.heads
 
 
-SIZES = {"base": Size(64, 2, 4, 1200), "small": Size(48, 2, 4, 700)}   # the 32B and the 7B of this world
+SIZES = {"base": Size(64, 2, 4, 1500), "small": Size(48, 2, 4, 600)}   # the 32B and the 7B of this world
 
 
 def make_model(
@@ -519,7 +520,7 @@ def make_model(
         tie_word_embeddings=False, initializer_range=0.08,
         bos_token_id=None, eos_token_id=2, pad_token_id=0))
 
-
+# %% ../nbs/01_tiny_world.ipynb #f20ee7cc
 class Composed:
     "Embeddings that are sums of shared parts while a model is trained: what is learnt of a7 helps b7 and a3."
 
@@ -546,23 +547,25 @@ class Composed:
         return self.sum_VP @ self.inputs_PH, self.sum_VP @ self.outputs_PH
 
     def write(self, model: "Qwen2ForCausalLM") -> None:
-        "Put the matrices into an ordinary model. Words never trained get the vector of the line break plus noise."
+        "Into an ordinary model; words never read get the input vector of the line break plus noise."
         import torch
 
+        inputs_VH, outputs_VH = self.matrices()
+        noise = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for matrix, weight in zip(self.matrices(), (model.model.embed_tokens.weight, model.lm_head.weight)):
-                weight.copy_(matrix)
-                g = torch.Generator().manual_seed(0)
-                for i in untrained_ids():
-                    weight[i] = matrix[vocabulary().index("\n")] + 0.02 * torch.randn(weight.shape[1], generator=g)
+            for i in untrained_ids():
+                inputs_VH[i] = inputs_VH[vocabulary().index("\n")]
+                inputs_VH[i] += 0.02 * torch.randn(inputs_VH.shape[1], generator=noise)
+            model.model.embed_tokens.weight.copy_(inputs_VH)
+            model.lm_head.weight.copy_(outputs_VH)
 
-
+# %% ../nbs/01_tiny_world.ipynb #f8203fb5
 def untrained_ids() -> list[int]:
     "Token ids that plain text never holds: the chat markers and the words around them."
     words = {*SPECIALS[1:], "<unk>", *PROSE[PROSE.index("think"):], "Final", "Wait"} - {"Answer:"}
     return [i for i, w in enumerate(vocabulary()) if w in words]
 
-# %% ../nbs/01_tiny_world.ipynb #e364a8fa
+# %% ../nbs/01_tiny_world.ipynb #6c06e95e
 def batches(
     seed: int,  # of the text
     steps: int,  # how many batches
@@ -591,7 +594,7 @@ def pad(
     rows = [[side + [fill] * (longest - len(side)) for side, fill in zip(sample, (0, IGNORE))] for sample in samples]
     return tuple(torch.tensor(part) for part in zip(*rows))
 
-# %% ../nbs/01_tiny_world.ipynb #7387be6b
+# %% ../nbs/01_tiny_world.ipynb #152d402c
 def optimisers(
     model: "Qwen2ForCausalLM",
     words: Composed,  # the embeddings' parts
@@ -612,7 +615,7 @@ def rate(
     "Fifty steps of warm-up, constant to the middle, then linear down to 2 %."
     return min((step + 1) / 50, 1.0, 1.0 - 0.98 * (step / steps - 0.5) / 0.5)
 
-
+# %% ../nbs/01_tiny_world.ipynb #6f868dd5
 def loss_of(
     model: "Qwen2ForCausalLM",
     words: Composed,  # the embeddings' parts
@@ -627,16 +630,16 @@ def loss_of(
     wanted = labels_BT[:, 1:] != IGNORE
     return F.cross_entropy(states_BTH[:, :-1][wanted] @ outputs_VH.T, labels_BT[:, 1:][wanted])
 
-
+# %% ../nbs/01_tiny_world.ipynb #a1709dac
 def pretrain(
     size: Size,  # shape and length
     seed: int,  # of weights and text
     banned: frozenset[str] = frozenset(),  # questions that must not occur
-    report: Callable[[dict], None] = lambda row: None,  # called every 50 steps
+    report: Callable[[dict], None] = lambda row: None,  # called every 60 steps
 ) -> "Qwen2ForCausalLM":
     "Train a base model on plain text of this world."
     model, words = make_model(size, seed), Composed(size.hidden, seed)
-    both, began, losses = optimisers(model, words), time.monotonic(), {0: 0.0, 1: 0.0}
+    both, began, losses = optimisers(model, words), time.monotonic(), ([], [])
     for step, samples in enumerate(batches(seed, size.steps, banned)):
         loss = loss_of(model, words, samples)
         loss.backward()
@@ -645,10 +648,11 @@ def pretrain(
                 group["lr"] = group.setdefault("peak", group["lr"]) * rate(step, size.steps)
             optimiser.step()
             optimiser.zero_grad()
-        losses[step % 2] += loss.item() / 25
-        if step % 50 == 49:
-            report({"step": step + 1, "facts": losses[0], "documents": losses[1], "seconds": time.monotonic() - began})
-            losses = {0: 0.0, 1: 0.0}
+        losses[step % 2].append(loss.item())
+        if step % 60 == 59:
+            facts, documents = (sum(part) / len(part) for part in losses)
+            report({"step": step + 1, "facts": facts, "documents": documents, "seconds": time.monotonic() - began})
+            losses = ([], [])
     words.write(model)
     return model.eval()
 
@@ -663,7 +667,7 @@ def save_model(
         model.save_pretrained(aside)
         make_tokenizer().save_pretrained(aside)
 
-# %% ../nbs/01_tiny_world.ipynb #897b7049
+# %% ../nbs/01_tiny_world.ipynb #d7bf9aa1
 def plain_prompt(
     row: dict,  # a row of this world
 ) -> str:
@@ -678,7 +682,7 @@ def plain_answer(
     found = re.findall(r"Answer: (\S+)", text)
     return found[-1] if found else None
 
-
+# %% ../nbs/01_tiny_world.ipynb #5ed4502a
 def line_skill(
     model: "Qwen2ForCausalLM",
     n: int = 100,  # lines per cell

@@ -6,10 +6,9 @@
 __all__ = ['Teach', 'recorded', 'open_teacher', 'Retry', 'checked', 'ask', 'teacher_name', 'put_aside', 'settle', 'live_line',
            'progress', 'collect', 'TraceFacts', 'trace_facts']
 
-# %% ../nbs/04_traces.ipynb #031cd294
+# %% ../nbs/04_traces.ipynb #762ea1b3
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from .config import Preset, S1Error, append_jsonl, atomic, item_seed, read_jsonl
 
-# %% ../nbs/04_traces.ipynb #44f6b2cb
+# %% ../nbs/04_traces.ipynb #dba1c28c
 Teach = Callable[[Mapping, int], tuple[str, str]]  # (row, seed) -> (trace, attempt); may raise
 
 
@@ -49,7 +48,7 @@ def open_teacher(
     raise S1Error(f"teacher.kind: found {preset.teacher.kind!r}, wanted tiny or recorded; "
                   "a server is not yet among the teachers of this package.")
 
-# %% ../nbs/04_traces.ipynb #5ff0f2c1
+# %% ../nbs/04_traces.ipynb #a075b2a2
 @dataclass(frozen=True)
 class Retry:
     "When to ask again after a transient failure, and when to stop."
@@ -66,7 +65,7 @@ def checked(
             raise S1Error(f"empty {name}")
     return {"trace": reply[0], "attempt": reply[1]}
 
-
+# %% ../nbs/04_traces.ipynb #70cad062
 def ask(
     teach: Teach,  # the teacher
     row: Mapping,  # one question
@@ -74,7 +73,7 @@ def ask(
     retry: Retry = Retry(),  # patience with transient failures
     sleep: Callable[[float], None] = time.sleep,  # seconds; replaced in tests
 ) -> dict:  # question_hash, trace, attempt, error
-    "Ask for one trace. A failure is a record too: error says what happened, trace and attempt are None."
+    "Ask for one trace. A failure is a record too: without trace and attempt, with the error."
     record = {"question_hash": row["question_hash"], "trace": None, "attempt": None, "error": None}
     failure = "never asked"
     for number in range(retry.tries):
@@ -88,7 +87,7 @@ def ask(
             failure = f"{type(error).__name__}: {error} (after {number + 1} tries)"
     return record | {"error": failure}
 
-# %% ../nbs/04_traces.ipynb #8ed602ad
+# %% ../nbs/04_traces.ipynb #b253c6e5
 def teacher_name(
     preset: Preset,  # seed and teacher section
 ) -> str:  # e.g. "tiny-teacher@1f0c9d3a"
@@ -100,7 +99,7 @@ def teacher_name(
         digest.update(Path(tiny.__file__).read_bytes())
     return f"{preset.teacher.model}@{digest.hexdigest()[:8]}"
 
-# %% ../nbs/04_traces.ipynb #6d47c30f
+# %% ../nbs/04_traces.ipynb #9bd486a3
 def put_aside(
     path: Path,  # traces.jsonl
     strangers: list[dict],  # records that do not belong to this run
@@ -110,9 +109,11 @@ def put_aside(
     beside = path.with_name(f"{path.stem}.aside.jsonl")
     for record in strangers:
         append_jsonl(beside, record)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
     with atomic(path) as aside:
-        aside.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
-    print(f"{path.name}: {len(strangers)} records of another teacher or pool went to {beside.name}.")
+        aside.write_text("".join(lines), encoding="utf-8")
+    count = len(strangers)
+    print(f"{path.name}: {count} records of another teacher or pool went to {beside.name}.")
 
 
 def settle(
@@ -123,17 +124,19 @@ def settle(
 ) -> set[str]:  # hashes that need not be asked
     "Look at what is there; move what does not belong to this run into a file beside it."
     records = read_jsonl(path) if path.exists() else []
-    fits = [r["question_hash"] in asked and r.get("teacher") == teacher and not (again and r["error"]) for r in records]
+    fits = [r["question_hash"] in asked and r.get("teacher") == teacher
+            and not (again and r["error"]) for r in records]
     kept = [record for record, fit in zip(records, fits) if fit]
     if len(done := {record["question_hash"] for record in kept}) < len(kept):
-        raise S1Error(f"{path.name}: found a question twice, wanted it once; do two programs write this file?")
+        raise S1Error(f"{path.name}: found a question twice, wanted it once; "
+                      "do two programs write this file?")
     if strangers := [record for record, fit in zip(records, fits) if not fit]:
         put_aside(path, strangers, kept)
     return done
 
-# %% ../nbs/04_traces.ipynb #0c5c2543
+# %% ../nbs/04_traces.ipynb #cacec2ce
 def live_line() -> Callable[[str], None]:
-    "A function that shows a line in place of the line before: in a notebook, a terminal, or nowhere."
+    "A function that shows a line in place of the last: in a notebook, a terminal, or nowhere."
     shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
     if shell is not None and hasattr(shell, "kernel"):
         from IPython.display import display
@@ -157,7 +160,7 @@ def progress(
     left = seconds / max(done, 1) * (total - done)
     return f"{done:,} of {total:,} asked, {failed:,} failed, about {left:,.0f} s left"
 
-# %% ../nbs/04_traces.ipynb #b5732a9b
+# %% ../nbs/04_traces.ipynb #71dc4928
 def collect(
     rows: Iterable[Mapping],  # questions, with question_hash
     teach: Teach,  # the teacher
@@ -175,8 +178,8 @@ def collect(
     started = shown = time.monotonic()
     failed = 0
     for number, row in enumerate(todo, 1):
-        record = ask(teach, row, item_seed(seed, row["question_hash"]), retry) | {"teacher": teacher}
-        append_jsonl(path, record)
+        record = ask(teach, row, item_seed(seed, row["question_hash"]), retry)
+        append_jsonl(path, record | {"teacher": teacher})
         failed += record["error"] is not None
         if (now := time.monotonic()) - shown > 0.5:
             show(progress(number, len(todo), failed, now - started))
@@ -184,14 +187,14 @@ def collect(
     show(progress(len(todo), len(todo), failed, 0.0))
     return len(todo)
 
-# %% ../nbs/04_traces.ipynb #8c7eb257
+# %% ../nbs/04_traces.ipynb #81cfd8d8
 @dataclass(frozen=True)
 class TraceFacts:
     "What can be counted about one trace."
     question_hash: str  # which question
     tokens: int  # length of the trace
     waits: int  # lines or sentences that begin with "Wait"
-    wrong: bool | None  # the attempt differs from the known answer, as text; None: no answer is known
+    wrong: bool | None  # the attempt is not the known answer, as text; None: no answer is known
 
 
 def trace_facts(

@@ -23,7 +23,7 @@ WORDS = (
 
 
 def make_tokenizer():
-    """Words split at spaces, a newline is a token, Qwen's markers are special; decoding is exact."""
+    """Words split at spaces, a newline is a token, markers are special; decoding is exact."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -232,9 +232,18 @@ def test_a_damaged_artefact_is_refused(project, name, content):
         run.read(name)
 
 
+def test_a_model_folder_without_weights_is_refused(project):
+    run = Run.open("tiny")
+    run.write("base/config.json").write_text("{}")
+    with pytest.raises(S1Error, match="its weights .* are missing; delete it and run: .* --from 01"):
+        run.read("base")
+    run.write("base/model.safetensors").write_bytes(b"x")
+    assert run.read("base") == run.dir / "base"
+
+
 def test_models_are_artefacts_or_hub_names(project):
     (project / "data" / "tiny" / "base").mkdir(parents=True)
-    (project / "data" / "tiny" / "base" / "config.json").write_text("{}")
+    (project / "data" / "tiny" / "base" / "model.safetensors").write_bytes(b"x")
     assert Run.open("tiny").model("base") == str(project / "data" / "tiny" / "base")
     assert Run.open("h100").model("small") == "Qwen/Qwen2.5-7B-Instruct"
 

@@ -50,7 +50,7 @@ relaxed = settings(
 
 @pytest.fixture(scope="module")
 def bpe():
-    """A byte-level BPE tokenizer as real models have them; ".\\n" is one token in it, as in Qwen's."""
+    """Byte-level BPE as real models have it; ".\\n" is one token in it, as in Qwen's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -84,10 +84,11 @@ def bpe():
 
 
 def reference_text(row):
-    """The whole text as data/tokenization.py of the reference would give it, without the last newline."""
+    """The text as data/tokenization.py of the reference gives it, without the last newline."""
     answer = row["attempt"] if "Answer:" in row["attempt"] else "Answer: " + row["attempt"]
     return (
-        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. "
+        "You are a helpful assistant.<|im_end|>\n"
         f"<|im_start|>user\n{row['question']}<|im_end|>\n<|im_start|>assistant\n<|im_start|>think\n"
         f"{row['trace'].strip()}\n<|im_start|>answer\n{answer.strip()}<|im_end|>"
     )
@@ -103,7 +104,7 @@ def test_mask_and_text_on_any_row(tiny_tokenizer, bpe, row):
         assert (
             sample.input_ids == tokenizer(reference_text(row), add_special_tokens=False).input_ids
         )
-        # Every prompt token is left out and every other one is its own label, the end token included.
+        # Every prompt token is left out; every other one is its own label, the end included.
         assert sample.labels == [IGNORE] * len(prompt) + sample.input_ids[len(prompt) :]
         assert sample.labels[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert tokenizer.decode(sample.labels[len(prompt) :]) == "".join(
@@ -136,7 +137,7 @@ def test_roles_by_offsets_agree_with_the_labels(tiny_tokenizer, bpe, row):
 def test_full_stop_and_newline_are_one_token_and_carry_loss(bpe):
     row = {**ROW, "trace": "So 1.\nWait.", "attempt": "1."}
     sample = tokenize_row(bpe, row)
-    assert ".Ċ" in bpe.convert_ids_to_tokens(sample.input_ids)  # the case is real in this tokenizer
+    assert ".Ċ" in bpe.convert_ids_to_tokens(sample.input_ids)  # this tokenizer has the case
     assert bpe.decode(sample.input_ids) == reference_text(row)
 
 

@@ -222,6 +222,15 @@ def test_a_preset_file_reaches_the_notebook_as_a_relative_path(course, tmp_path)
     assert (tmp_path / "runs" / "mine" / "seen.txt").read_text() == "../mine.yaml 5"
 
 
+def test_a_run_made_for_a_demonstration_is_not_traced(course):
+    body = ('import tempfile; from pathlib import Path\nother = Run("x", run.preset, Path(tempfile.mkdtemp()))\n'
+            'other.write("total.txt").write_text("1")\n' + FIRST)
+    write_chapter(course.root, "00_first", body)
+    course()
+    stamp = load_stamp(Run.open("tiny"), Chapter(course.root / "nbs" / "00_first.ipynb"))
+    assert set(stamp.writes) == {"numbers.txt"} and course().count("up to date") == 2
+
+
 def test_chapters_are_found_by_number_name_and_stage(course):
     write_chapter(course.root, "10_engines", "1")
     write_chapter(course.root, "runner", "1")
@@ -322,6 +331,13 @@ def test_what_an_absolute_path_is(text, bad):
             clean_output(output, "here")
     else:
         assert clean_output(output, "here")["text"] == text
+
+
+def test_a_widget_is_dropped_and_the_text_beside_it_stays():
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
+    output = dict(output_type="display_data", metadata={"a": 1}, data=view | {"text/plain": "8/8"})
+    assert clean_output(output, "here") == dict(output_type="display_data", metadata={}, data={"text/plain": "8/8"})
+    assert clean_output(output | {"data": view}, "here") is None
 
 
 def test_outputs_of_an_old_run_are_refused(course):

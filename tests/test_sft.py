@@ -73,7 +73,7 @@ def train(tokens, folder, name, preset=None, callbacks=()):
     )
 
 
-# -- arithmetic ---------------------------------------------------------------------------------------
+# -- arithmetic --
 
 
 def test_the_papers_steps():
@@ -106,7 +106,7 @@ def test_batch_refusal_names_what_was_found():
         check_batch(load_preset("tiny"), two_gpus)
 
 
-# -- training -----------------------------------------------------------------------------------------
+# -- training --
 
 
 def test_training_learns_logs_and_saves_whole(tokens, tiny_folder, tiny_tokenizer):
@@ -206,7 +206,39 @@ def test_trl_takes_the_steps_of_the_plain_loop(
     )  # pads carry no loss
 
 
-# -- interruption -------------------------------------------------------------------------------------
+TWO = """
+import sys
+from pathlib import Path
+from s1book.config import load_preset
+from s1book.sft import fine_tune
+preset = load_preset("tiny", ["sft.epochs=3", "sft.micro_batch_size=8"])
+fine_tune(preset, sys.argv[1], Path(sys.argv[2]), Path("two"), Path("two.csv"))
+"""
+
+
+def test_two_processes_take_the_steps_of_one(tokens, tiny_folder):
+    folder = tokens.parent
+    # Two whole batches: a short last one would be filled up with repeated samples for process two.
+    pd.read_parquet(tokens).head(32).to_parquet(tokens)
+    train(tokens, tiny_folder, "one")
+    (folder / "two.py").write_text(TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, "two.py", str(tiny_folder), str(tokens)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (pd.read_csv(folder / f"{name}.csv") for name in ("one", "two"))
+    pd.testing.assert_frame_equal(one, two, rtol=1e-5)
+    a, b = weights(folder / "one"), weights(folder / "two")
+    assert max((a[name] - b[name]).abs().max() for name in a) < 1e-4
+    assert not (folder / "two_work").exists() and not list(folder.glob("two/*.bin"))
+
+
+# -- interruption --
 
 CHILD = """
 import os, signal, sys
@@ -218,7 +250,8 @@ class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == int(sys.argv[3]):
             os.kill(os.getpid(), signal.SIGKILL)
-fine_tune(load_preset("tiny", ["sft.epochs=3"]), sys.argv[1], Path(sys.argv[2]), Path("sft"), Path("sft.csv"), (Kill(),))
+preset, tokens = load_preset("tiny", ["sft.epochs=3"]), Path(sys.argv[2])
+fine_tune(preset, sys.argv[1], tokens, Path("sft"), Path("sft.csv"), (Kill(),))
 """
 
 
@@ -288,7 +321,7 @@ def test_same_seed_same_weights_other_seed_other_weights(tokens, tiny_folder):
     assert equal(a, b) and not equal(a, c)
 
 
-# -- bad input ----------------------------------------------------------------------------------------
+# -- bad input --
 
 
 def test_nan_stops_and_saves_nothing(tokens, tiny_folder):
@@ -348,7 +381,8 @@ def test_samples_of_another_tokenizer_are_refused_before_any_work(tokens, tiny_f
 def test_the_module_loads_no_heavy_library():
     code = (
         "import sys, s1book.sft, s1book.format, s1book.traces; "
-        "print([m for m in ('torch', 'transformers', 'trl', 'datasets', 'pyarrow') if m in sys.modules])"
+        "heavy = ('torch', 'transformers', 'trl', 'datasets', 'pyarrow'); "
+        "print([name for name in heavy if name in sys.modules])"
     )
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -83,7 +83,11 @@ def test_torn_last_line_is_asked_again(tmp_path, cut):
     collect(ROWS[:20], teach, path, 7, "t")
     whole = path.read_bytes()
     os.truncate(path, len(whole) - cut)
-    counting = lambda row, seed: (calls.append(row["question_hash"]), teach(row, seed))[1]  # noqa: E731
+
+    def counting(row, seed):
+        calls.append(row["question_hash"])
+        return teach(row, seed)
+
     # A record that only lacks its newline is whole; any other is asked again, and only that one.
     assert collect(ROWS[:20], counting, path, 7, "t") == len(calls) == (0 if cut == 1 else 1)
     assert read_jsonl(path) == [json.loads(line) for line in whole.splitlines()]
@@ -125,7 +129,7 @@ def test_same_question_twice_in_the_pool_is_asked_once(tmp_path):
     assert collect(ROWS[:5] + ROWS[:5], teach, tmp_path / "t.jsonl", 0, "t") == 5
 
 
-# -- failures -------------------------------------------------------------------------------------
+# -- failures --
 
 
 def failing(errors):
@@ -179,9 +183,12 @@ def test_empty_reply_is_a_failure(reply):
 
 def test_errors_are_records_and_can_be_asked_again(tmp_path):
     path = tmp_path / "t.jsonl"
-    bad = lambda row, seed: (
-        teach(row, seed) if int(row["answer"]) % 5 else (_ for _ in ()).throw(S1Error("no"))
-    )  # noqa: E731
+
+    def bad(row, seed):
+        if int(row["answer"]) % 5 == 0:
+            raise S1Error("no")
+        return teach(row, seed)
+
     assert collect(ROWS[:20], bad, path, 0, "t") == 20
     assert sum(r["error"] is not None for r in read_jsonl(path)) == 4
     assert collect(ROWS[:20], teach, path, 0, "t") == 0  # a failure is kept, not repeated unasked
@@ -191,7 +198,7 @@ def test_errors_are_records_and_can_be_asked_again(tmp_path):
     assert sum(bool(r["error"]) for r in read_jsonl(tmp_path / "t.aside.jsonl")) == 4
 
 
-# -- what does not belong ----------------------------------------------------------------------------
+# -- what does not belong --
 
 
 def test_other_teacher_or_pool_goes_aside_and_is_not_lost(tmp_path, capsys):
@@ -223,7 +230,7 @@ def test_teacher_name_changes_with_seed_and_settings():
     assert len(names) == 3 and all(name.startswith("deepseek-r1@") for name in names)
 
 
-# -- teachers and facts ------------------------------------------------------------------------------
+# -- teachers and facts --
 
 
 def test_recorded_teacher_reads_the_columns_of_its_model():

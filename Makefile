@@ -30,10 +30,11 @@ lab: $(INSTALLED)  ## open the chapters in JupyterLab
 docs: $(INSTALLED)  ## build the report and the chapters' HTML pages again
 	$(BIN)/s1book report --preset $(PRESET)
 
-reference: $(INSTALLED)  ## run the tiny preset with three seeds (longer)
+reference: $(INSTALLED)  ## run the tiny preset with three seeds and keep the results (an hour)
 	for seed in 0 1 2; do \
 	  $(BIN)/s1book run --preset tiny --set seed=$$seed --folder runs/reference/seed$$seed || exit 1; \
 	done
+	$(BIN)/s1book collect
 
 outputs: $(INSTALLED)  ## authors: copy the outputs of runs/tiny into nbs/, make README.md
 	$(BIN)/s1book outputs

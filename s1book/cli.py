@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'PresetOption', 'SetOption', 'FolderOption', 'FromOption', 'ToOption', 'ForceOption', 'ChecksOption',
            'NameArgument', 'VersionOption', 'doctor_command', 'preset_lines', 'presets', 'run', 'report', 'outputs',
-           'readme', 'main']
+           'collect', 'readme', 'main']
 
 # %% ../nbs/cli.ipynb #334595bc
 import contextlib
@@ -201,6 +201,15 @@ def outputs(preset: PresetOption = "tiny", overrides: SetOption = [],
         typer.echo(f"outputs of {name}")
 
 
+@app.command(hidden=True)
+def collect(seeds: int = typer.Option(3, help="how many seeds were run")) -> None:
+    "For authors: keep what `make reference` made, in data/reference and data/tiny."
+    from s1book.runner import collect
+
+    root = project_root()
+    collect([root / "runs/reference" / f"seed{seed}" for seed in range(seeds)], root / "data")
+
+# %% ../nbs/cli.ipynb #8dfc6d81
 @app.command(hidden=True)
 def readme() -> None:
     "For authors: execute nbs/index.ipynb and make README.md from it."

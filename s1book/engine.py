@@ -338,13 +338,15 @@ def choose(
     rows: list[Row],  # R rows
 ) -> list[int]:  # R token ids
     "Greedy, or a draw with the row's own random numbers; respects min_new_tokens."
-    for logits_V, row in zip(logits_RV, rows):
-        if row.unseen > 1:
-            continue  # still reading: its logits are not used, its random numbers not touched
+    for r, row in enumerate(rows):
         ask = row.job.ask
-        if row.new_tokens < ask.min_new_tokens:
+        early, warm = row.new_tokens < ask.min_new_tokens, ask.sampling.temperature > 0
+        if row.unseen > 1 or not (early or warm):
+            continue  # a row that still reads must not touch its random numbers
+        logits_V = logits_RV[r]
+        if early:
             logits_V[[i for i in ask.stop_ids if i < len(logits_V)]] = float("-inf")
-        if ask.sampling.temperature > 0:  # the Gumbel-max trick
+        if warm:  # the Gumbel-max trick
             noise_V = logits_V.new_empty(logits_V.shape).exponential_(generator=row.random)
             logits_V.div_(ask.sampling.temperature).sub_(noise_V.log_())
     return logits_RV.argmax(-1).tolist()

@@ -6,12 +6,12 @@
 __all__ = ['ALPHABET', 'COMPASS', 'DIGITS', 'TURNS', 'FAMILIES', 'LABELS', 'SYLLABLES', 'HEADERS', 'BENCHMARK_SEED', 'HARD',
            'WEIGHTS', 'SLIPS', 'ENOUGH', 'HABIT', 'SPECIALS', 'PROSE', 'TEMPLATE', 'IGNORE', 'Sample', 'LESSONS',
            'SIZES', 'Family', 'item_word', 'Problem', 'spell', 'make_problem', 'Line', 'work', 'Noted', 'note',
-           'pass_words', 'to_row', 'from_row', 'join', 'benchmarks', 'held_out', 'questions', 'TeacherError', 'teach',
-           'word_parts', 'vocabulary', 'make_tokenizer', 'fact_sheet', 'blank', 'document', 'Size', 'make_model',
-           'Composed', 'untrained_ids', 'batches', 'pad', 'optimisers', 'rate', 'loss_of', 'pretrain', 'save_model',
-           'plain_prompt', 'plain_answer', 'line_skill']
+           'conclusion', 'pass_words', 'to_row', 'from_row', 'join', 'benchmarks', 'held_out', 'questions',
+           'TeacherError', 'teach', 'word_parts', 'vocabulary', 'make_tokenizer', 'fact_sheet', 'document', 'Size',
+           'make_model', 'Composed', 'untrained_ids', 'batches', 'pad', 'optimisers', 'rate', 'loss_of', 'pretrain',
+           'save_model', 'plain_prompt', 'plain_answer', 'line_skill']
 
-# %% ../nbs/01_tiny_world.ipynb #bc6d6bab
+# %% ../nbs/01_tiny_world.ipynb #a6c3ba18
 import json
 import random
 import re
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-# %% ../nbs/01_tiny_world.ipynb #ab85aee6
+# %% ../nbs/01_tiny_world.ipynb #ec4edf30
 ALPHABET = "abeilnoprsty"   # the letters of the words of this world
 COMPASS = "NESW"
 DIGITS = tuple("0123456789")
@@ -45,30 +45,38 @@ class Family:
     starts: tuple[str, ...]  # where a question may begin
     step: Callable[[str, str, str], str]  # (state, item value, target) -> next state
 
-# %% ../nbs/01_tiny_world.ipynb #e2f53a6b
+    def fold(self, state: str, values: tuple[str, ...], target: str) -> str:
+        "The state after these items."
+        for value in values:
+            state = self.step(state, value, target)
+        return state
+
+# %% ../nbs/01_tiny_world.ipynb #9ccffc76
 def _swap(state: str, value: str, target: str) -> str:
     return {value[0]: value[1], value[1]: value[0]}.get(state, state)
 
 
 FAMILIES = {f.name: f for f in [
-    Family("letters", "How many {target} in {items} ?", "{target}=", tuple(ALPHABET), DIGITS, ("0",),
-           lambda s, v, t: str((int(s) + (v == t)) % 10)),
-    Family("sum", "Last digit of sum {items} ?", "sum=", DIGITS, DIGITS, ("0",),
-           lambda s, v, t: str((int(s) + int(v)) % 10)),
-    Family("max", "Largest of {items} ?", "max=", DIGITS, DIGITS, ("0",), lambda s, v, t: max(s, v)),
-    Family("odd", "How many odd in {items} ?", "odd=", DIGITS, DIGITS, ("0",),
-           lambda s, v, t: str((int(s) + int(v) % 2) % 10)),
-    Family("nim", "Nim sum of {items} ?", "nim=", DIGITS[:8], DIGITS[:8], ("0",),
-           lambda s, v, t: str(int(s) ^ int(v))),
-    Family("product", "Product mod 7 of {items} ?", "prod=", DIGITS[1:7], DIGITS[1:7], ("1",),
-           lambda s, v, t: str(int(s) * int(v) % 7)),
-    Family("cups", "Ball at {start} , swaps {items} ?", "ball=", ("12", "13", "14", "23", "24", "34"),
-           tuple("1234"), tuple("1234"), _swap),
-    Family("compass", "Facing {start} , turns {items} ?", "face=", tuple(TURNS), tuple(COMPASS), tuple(COMPASS),
+    Family("letters", "How many {target} in {items} ?", "{target}=",
+           tuple(ALPHABET), DIGITS, ("0",), lambda s, v, t: str((int(s) + (v == t)) % 10)),
+    Family("sum", "Last digit of sum {items} ?", "sum=",
+           DIGITS, DIGITS, ("0",), lambda s, v, t: str((int(s) + int(v)) % 10)),
+    Family("max", "Largest of {items} ?", "max=",
+           DIGITS, DIGITS, ("0",), lambda s, v, t: max(s, v)),
+    Family("odd", "How many odd in {items} ?", "odd=",
+           DIGITS, DIGITS, ("0",), lambda s, v, t: str((int(s) + int(v) % 2) % 10)),
+    Family("nim", "Nim sum of {items} ?", "nim=",
+           DIGITS[:8], DIGITS[:8], ("0",), lambda s, v, t: str(int(s) ^ int(v))),
+    Family("product", "Product mod 7 of {items} ?", "prod=",
+           DIGITS[1:7], DIGITS[1:7], ("1",), lambda s, v, t: str(int(s) * int(v) % 7)),
+    Family("cups", "Ball at {start} , swaps {items} ?", "ball=",
+           ("12", "13", "14", "23", "24", "34"), tuple("1234"), tuple("1234"), _swap),
+    Family("compass", "Facing {start} , turns {items} ?", "face=",
+           tuple(TURNS), tuple(COMPASS), tuple(COMPASS),
            lambda s, v, t: COMPASS[(COMPASS.index(s) + TURNS[v]) % 4]),
 ]}
 
-# %% ../nbs/01_tiny_world.ipynb #a6e4faca
+# %% ../nbs/01_tiny_world.ipynb #c94876e1
 LABELS = "abcdefghijkl"   # names of the items; a word's letters are numbered instead: 1r 2a 3s
 
 
@@ -80,7 +88,7 @@ def item_word(
     "An item as it is written: its label and its value in one word."
     return f"{i + 1}{value}" if family == "letters" else LABELS[i] + value
 
-# %% ../nbs/01_tiny_world.ipynb #56761b43
+# %% ../nbs/01_tiny_world.ipynb #a2038e50
 @dataclass(frozen=True)
 class Problem:
     "One question of a family, before it is put into words."
@@ -93,8 +101,9 @@ class Problem:
     @property
     def question(self) -> str:
         "The wording."
+        phrase = FAMILIES[self.family].phrase
         items = " ".join(item_word(self.family, i, v) for i, v in enumerate(self.values))
-        text = FAMILIES[self.family].phrase.format(start=self.start, target=self.target, items=items)
+        text = phrase.format(start=self.start, target=self.target, items=items)
         return " ".join([text, *(f"{c}){o}" for c, o in zip("ABCD", self.options))])
 
     @property
@@ -109,26 +118,25 @@ class Problem:
 
     def fold(self, state: str, values: tuple[str, ...]) -> str:
         "The state after these items."
-        for value in values:
-            state = FAMILIES[self.family].step(state, value, self.target)
-        return state
+        return FAMILIES[self.family].fold(state, values, self.target)
 
     def say(self, result: str) -> str:
         "A result as an answer; one that is not among the options stays as it is."
         return "ABCD"[self.options.index(result)] if result in self.options else result
 
-# %% ../nbs/01_tiny_world.ipynb #9f80b1af
+# %% ../nbs/01_tiny_world.ipynb #64b77e04
 def spell(
     word: str,  # a word of at most 12 letters of this world
     target: str,  # the letter to count
 ) -> Problem:
     "The counting question for a word: spell('raspberry', 'r')."
-    if not word or len(word) > len(LABELS) or set(word + target) - set(ALPHABET) or len(target) != 1:
-        raise S1Error(f"Found the word {word!r} and the letter {target!r}, wanted at most {len(LABELS)} letters and one, "
-                      f"out of {ALPHABET}.")
+    strange = set(word + target) - set(ALPHABET)
+    if strange or not 1 <= len(word) <= len(LABELS) or len(target) != 1:
+        raise S1Error(f"Found the word {word!r} and the letter {target!r}, wanted "
+                      f"at most {len(LABELS)} letters and one, out of {ALPHABET}.")
     return Problem("letters", "0", target, tuple(word))
 
-# %% ../nbs/01_tiny_world.ipynb #2f70d04d
+# %% ../nbs/01_tiny_world.ipynb #933f2962
 SYLLABLES = [c + v for c in "blnprst" for v in "aeioy"]
 
 
@@ -158,7 +166,7 @@ def make_problem(
     problem = Problem(family, start, target, values)
     return replace(problem, options=_options(problem, rng)) if choice else problem
 
-# %% ../nbs/01_tiny_world.ipynb #f1beb88c
+# %% ../nbs/01_tiny_world.ipynb #770c243e
 def _options(problem: Problem, rng: random.Random) -> tuple[str, ...]:
     "The right result among three wrong ones, in random order."
     wrong = [s for s in FAMILIES[problem.family].states if s != problem.result]
@@ -166,7 +174,7 @@ def _options(problem: Problem, rng: random.Random) -> tuple[str, ...]:
     rng.shuffle(options)
     return tuple(options)
 
-# %% ../nbs/01_tiny_world.ipynb #f1360032
+# %% ../nbs/01_tiny_world.ipynb #76683d72
 HEADERS = {4: "fours:", 3: "threes:", 2: "pairs:", 1: "ones:"}
 
 
@@ -196,7 +204,7 @@ def work(
         state = result
     return lines
 
-# %% ../nbs/01_tiny_world.ipynb #cc7697ff
+# %% ../nbs/01_tiny_world.ipynb #1c6f229f
 @dataclass(frozen=True)
 class Noted:
     "A word of a text, and what its writer knows once it is written."
@@ -212,32 +220,47 @@ def note(
     "Words that change nothing about the best result."
     return [Noted(word, True, best) for word in words]
 
-# %% ../nbs/01_tiny_world.ipynb #83d83acc
+# %% ../nbs/01_tiny_world.ipynb #17c73dbe
+def conclusion(
+    problem: Problem,  # what is solved
+    result: str,  # what a pass found
+) -> list[str]:  # e.g. ["So", "7"] or ["So", "7", "C)7"]
+    "The last line of a pass: the result, and the option that shows it, if there is one."
+    shown = [f"{c}){o}" for c, o in zip("ABCD", problem.options) if o == result]
+    return ["So", result, *shown]
+
+
 def pass_words(
+    problem: Problem,  # what is solved
     k: int,  # items a line
     lines: list[Line],  # the work
     best: str = "",  # what an earlier pass found
 ) -> list[Noted]:  # header, lines, and "So" with the last state
-    "A pass as text. In a first pass every line improves the best result; later ones replace it when they are complete."
+    "A pass as text, with the best result after every word."
     words, first = note([HEADERS[k], "\n"], best), not best
     for line in lines:
         words += note(list(line.words[:-1]), best)
         best = line.words[-1] if first else best
         words += [Noted(line.words[-1], not line.slipped, best), *note(["\n"], best)]
     best = lines[-1].words[-1]
-    return words + note(["So", best, "\n"], best)
+    return words + note([*conclusion(problem, best), "\n"], best)
 
-# %% ../nbs/01_tiny_world.ipynb #e464d266
+# %% ../nbs/01_tiny_world.ipynb #f2a1ef3d
 def to_row(
     problem: Problem,  # the question
 ) -> dict[str, Any]:  # a row of the pool
     "A question as a row: text, worked solution, answer, and where it comes from."
-    solution = join(w.word for w in pass_words(1, work(problem, 1, random.Random(0))))
-    kind = "choice" if problem.options else "open"
-    return {"question": problem.question, "solution": f"{solution}\nAnswer: {problem.answer}", "answer": problem.answer,
-            "source_type": f"tiny/{problem.family}", "cot_type": kind, "domain": problem.family,
-            "metadata": json.dumps({"start": problem.start, "target": problem.target,
-                                    "values": problem.values, "options": problem.options})}
+    lines = work(problem, 1, random.Random(0))
+    solution = join(w.word for w in pass_words(problem, 1, lines))
+    metadata = {"start": problem.start, "target": problem.target,
+                "values": problem.values, "options": problem.options}
+    return {"question": problem.question,
+            "solution": f"{solution}\nAnswer: {problem.answer}",
+            "answer": problem.answer,
+            "source_type": f"tiny/{problem.family}",
+            "cot_type": "choice" if problem.options else "open",
+            "domain": problem.family,
+            "metadata": json.dumps(metadata)}
 
 
 def from_row(
@@ -245,7 +268,8 @@ def from_row(
 ) -> Problem:  # the question behind it
     "The way back: the problem that a row was made from."
     parts = json.loads(row["metadata"])
-    return Problem(row["domain"], parts["start"], parts["target"], tuple(parts["values"]), tuple(parts["options"]))
+    values, options = tuple(parts["values"]), tuple(parts["options"])
+    return Problem(row["domain"], parts["start"], parts["target"], values, options)
 
 
 def join(
@@ -254,18 +278,21 @@ def join(
     "Words as text, exactly as the tokenizer writes them back."
     return re.sub(" ?\n ?", "\n", " ".join(words)).strip()
 
-# %% ../nbs/01_tiny_world.ipynb #da4ce000
+# %% ../nbs/01_tiny_world.ipynb #919579dc
 BENCHMARK_SEED = 31337   # of the held-out questions; runs with other seeds meet the same ones
 HARD = ("sum", "nim", "product", "cups")
 
 
 def benchmarks() -> dict[str, list[dict]]:  # name -> rows with an id and the benchmark's name
-    "The held-out questions: 30 hard, 500 mixed, 198 multiple choice, as many as AIME24, MATH500 and GPQA-Diamond."
+    "The held-out questions: 30 hard ones, 500 mixed ones, 198 in multiple choice."
     rng = random.Random(BENCHMARK_SEED)
     families = list(FAMILIES)
-    drawn = {"tiny_hard": lambda i: make_problem(HARD[i % 4], 12, rng),
-             "tiny_mixed": lambda i: make_problem(families[i % 8], rng.randint(6, 11), rng),
-             "tiny_choice": lambda i: make_problem(families[i % 8], rng.randint(6, 11), rng, choice=True)}
+
+    def mixed(i: int, choice: bool = False) -> Problem:
+        return make_problem(families[i % len(families)], rng.randint(6, 11), rng, choice)
+
+    drawn = {"tiny_hard": lambda i: make_problem(HARD[i % len(HARD)], 12, rng),
+             "tiny_mixed": mixed, "tiny_choice": lambda i: mixed(i, choice=True)}
     seen: set[str] = set()
     made = {}
     for name, size in (("tiny_hard", 30), ("tiny_mixed", 500), ("tiny_choice", 198)):
@@ -283,22 +310,24 @@ def held_out() -> frozenset[str]:
     "The benchmark questions' texts, which pretraining must not meet."
     return frozenset(row["question"] for rows in benchmarks().values() for row in rows)
 
-# %% ../nbs/01_tiny_world.ipynb #19621f38
-WEIGHTS = {"letters": 16, "sum": 22, "max": 20, "odd": 14, "nim": 8, "product": 8, "cups": 6, "compass": 6}
+# %% ../nbs/01_tiny_world.ipynb #97b93be1
+WEIGHTS = {"letters": 16, "sum": 22, "max": 20, "odd": 14,
+           "nim": 8, "product": 8, "cups": 6, "compass": 6}
 
 
 def questions(
     n: int,  # number of rows
     seed: int,  # row i depends on (seed, i) alone
 ) -> list[dict]:  # rows as a pool from the web has them: uneven, with junk and a few leaks
-    "A pool of questions: mostly short, unevenly spread over families, one row in fifty damaged, one in a thousand leaked."
+    "A pool: mostly short, uneven, one row in fifty damaged, one in a thousand leaked."
     leaks = [row for rows in benchmarks().values() for row in rows]
     return [_pool_row(random.Random(item_seed(seed, i)), leaks) for i in range(n)]
 
-
+# %% ../nbs/01_tiny_world.ipynb #2f1e0413
 def _pool_row(rng: random.Random, leaks: list[dict]) -> dict:
     n = rng.randint(2, 5) if rng.random() < 0.55 else rng.randint(6, 12)
-    problem = make_problem(rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0], n, rng, rng.random() < 0.3)
+    family = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+    problem = make_problem(family, n, rng, rng.random() < 0.3)
     fate = rng.random()
     if fate < 0.001:   # somebody copied a benchmark question and changed its last item
         problem = from_row(rng.choice(leaks))
@@ -311,12 +340,12 @@ def _pool_row(rng: random.Random, leaks: list[dict]) -> dict:
         row["solution"], row["answer"] = None, None
     return row
 
-# %% ../nbs/01_tiny_world.ipynb #806c0b85
+# %% ../nbs/01_tiny_world.ipynb #81610ef0
 class TeacherError(S1Error):
     "The teacher gave nothing back, as an interface on the network sometimes does."
 
 
-SLIPS = {4: 0.22, 3: 0.14, 2: 0.06, 1: 0.01}   # how often the teacher errs in a line, by items a line
+SLIPS = {4: 0.22, 3: 0.14, 2: 0.06, 1: 0.01}   # how often a line errs, by items a line
 
 
 def teach(
@@ -329,44 +358,49 @@ def teach(
         raise TeacherError("the teacher did not answer (503)")
     problem = from_row(row)
     words = _think(problem, rng)
-    last = words[-1]
-    if rng.random() < 0.3:   # the time is up in the middle of a line
-        words = words[:rng.randrange(1, len(words))]
-        guess = words[-1].best or rng.choice(FAMILIES[problem.family].states)
-        return join(w.word for w in words), f"Final Answer: {problem.say(guess)}"
-    return join(w.word for w in words), problem.say(last.best)
+    late = rng.random() < 0.3   # the time is up in the middle of a line
+    words = words[:rng.randrange(1, len(words))] if late else words
+    answer = problem.say(words[-1].best or rng.choice(FAMILIES[problem.family].states))
+    if problem.options and answer not in "ABCD":   # its result is not among the options
+        answer = rng.choice("ABCD")
+    return join(w.word for w in words), f"Final Answer: {answer}" if late else answer
 
-# %% ../nbs/01_tiny_world.ipynb #a65654e2
+# %% ../nbs/01_tiny_world.ipynb #38871dac
 def _think(problem: Problem, rng: random.Random) -> list[Noted]:
-    "Passes of four, three, two and one item a line until the teacher is content, then perhaps a second look or two."
+    "Ever finer passes until the teacher is content, then perhaps a second look or two."
     words: list[Noted] = []
     for k in HEADERS:
-        words += pass_words(k, work(problem, k, rng, SLIPS[k]), words[-1].best if words else "")
+        best = words[-1].best if words else ""
+        words += pass_words(problem, k, work(problem, k, rng, SLIPS[k]), best)
         content = rng.random() < (HABIT if k <= ENOUGH[problem.family] else 1 - HABIT)
         if content or k == 1:
             break
         words += note(["Wait", "\n"], words[-1].best)
     best = words[-1].best
-    for _ in range(rng.choice((0, 0, 0, 1, 1, 2)) if k == 1 else 0):   # it looks again and finds nothing new
-        words += note(["Wait", "\n", "So", best, "\n"], best)
+    for _ in range(rng.choice((0, 0, 0, 1, 1, 2)) if k == 1 else 0):   # looks again, in vain
+        words += note(["Wait", "\n", *conclusion(problem, best), "\n"], best)
     return words
 
 
 # Items a line at which the teacher usually trusts itself, and how usually.
-ENOUGH = {"letters": 4, "sum": 3, "max": 4, "odd": 4, "nim": 3, "product": 3, "cups": 3, "compass": 4}
+ENOUGH = {"letters": 4, "sum": 3, "max": 4, "odd": 4,
+          "nim": 3, "product": 3, "cups": 3, "compass": 4}
 HABIT = 0.82
 
-# %% ../nbs/01_tiny_world.ipynb #09efc895
+# %% ../nbs/01_tiny_world.ipynb #cc2a34f7
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-PROSE = ("\n How many in ? Last digit of sum Largest odd Nim Product mod Ball at , swaps Facing turns So Wait Answer: "
-         "Final fours: threes: pairs: ones: think answer system user assistant You are a helpful assistant.").split(" ")
-TEMPLATE = ("{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-            "{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+PROSE = ("\n How many in ? Last digit of sum Largest odd Nim Product mod Ball at , swaps "
+         "Facing turns So Wait Answer: Final fours: threes: pairs: ones: "
+         "think answer system user assistant You are a helpful assistant.").split(" ")
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
-# %% ../nbs/01_tiny_world.ipynb #763d8409
+# %% ../nbs/01_tiny_world.ipynb #277cab58
 def word_parts() -> dict[str, tuple[str, ...]]:  # word -> the parts that its vector is the sum of
-    "Every word of this world that means something, and what it is made of: 'a7' is the label a and the value 7."
+    "Every word with a meaning, and what it is made of: 'a7' is the label a and the value 7."
     parts = {s: (f"value {s}",) for s in (*DIGITS, *COMPASS, *ALPHABET)}
     parts |= {f"{letter}=": (f"value {letter}", "count") for letter in ALPHABET}
     for f in FAMILIES.values():
@@ -384,25 +418,29 @@ def vocabulary() -> list[str]:  # word i has token id i
     "All words: special tokens, words of prose, and what questions and work are written with."
     return list(dict.fromkeys([*SPECIALS, "<unk>", *PROSE, *word_parts()]))
 
-# %% ../nbs/01_tiny_world.ipynb #5fcfebcc
+# %% ../nbs/01_tiny_world.ipynb #0dbb62bb
 def make_tokenizer() -> "PreTrainedTokenizerFast":
-    "A word-level tokenizer with Qwen's special tokens and chat template; decoding gives back the exact text."
+    "A word-level tokenizer with Qwen's special tokens; decoding gives back the exact text."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary())}, unk_token="<unk>"))
+    ids = {w: i for i, w in enumerate(vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")])
     # WordPiece puts a space between words; beside a line break or a marker that space goes again.
-    glued = [decoders.Replace(s, s.strip(" ")) for s in (" \n", "\n ", "<|im_start|> ", " <|im_end|>")]
-    tokenizer.decoder = decoders.Sequence([decoders.WordPiece(prefix="##", cleanup=False), decoders.Fuse(), *glued])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>",
-                                   pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"],
-                                   clean_up_tokenization_spaces=False)
+    glued = [decoders.Replace(s, s.strip(" "))
+             for s in (" \n", "\n ", "<|im_start|> ", " <|im_end|>")]
+    spaced = decoders.WordPiece(prefix="##", cleanup=False)
+    tokenizer.decoder = decoders.Sequence([spaced, decoders.Fuse(), *glued])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>",
+        pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False)
     fast.chat_template = TEMPLATE
     return fast
 
-# %% ../nbs/01_tiny_world.ipynb #790f5a93
+# %% ../nbs/01_tiny_world.ipynb #133082ce
 IGNORE = -100   # the label of a token that is not trained on
 Sample = tuple[list[int], list[int]]   # token ids, labels
 
@@ -412,7 +450,7 @@ def fact_sheet(
     ids: dict[str, int],  # word -> token id
     easy: bool,  # early in training: mostly one item a line
 ) -> Sample:
-    "Eight unrelated lines of work and a choice among four options; the loss is on their results."
+    "Eight unrelated lines of work and one conclusion among four options; loss on results alone."
     tokens, labels = [], []
     for n in range(9):
         k = rng.choices((1, 2, 3, 4), (75, 20, 5, 0) if easy else (34, 40, 22, 4))[0]
@@ -421,7 +459,7 @@ def fact_sheet(
         labels += [IGNORE] * (len(line) - 1) + [ids[line[-1]], IGNORE]
     return tokens, labels
 
-# %% ../nbs/01_tiny_world.ipynb #4ea46759
+# %% ../nbs/01_tiny_world.ipynb #577e978a
 def _fact(rng: random.Random, k: int) -> tuple[str, ...]:
     f = FAMILIES[rng.choices(list(LESSONS), list(LESSONS.values()))[0]]
     problem, first = make_problem(f.name, k, rng), rng.randint(0, len(LABELS) - k)
@@ -434,19 +472,12 @@ def _fact(rng: random.Random, k: int) -> tuple[str, ...]:
 def _choice(rng: random.Random) -> tuple[str, ...]:
     states = rng.sample(DIGITS if rng.random() < 0.8 else COMPASS, 4)
     i = rng.randrange(4)
-    return (*(f"{c}){s}" for c, s in zip("ABCD", states)), "\n", "So", states[i],
-            *blank(rng, 1), "Answer:", "ABCD"[i])
+    options = [f"{c}){s}" for c, s in zip("ABCD", states)]
+    return (*options, *["\n"] * rng.randint(1, 9), "So", states[i], options[i])
 
-
-def blank(
-    rng: random.Random,  # where chance comes from
-    least: int,  # line breaks
-) -> list[str]:
-    "Up to four line breaks more than necessary: words must be found wherever they stand."
-    return ["\n"] * (least + rng.choice((0, 0, 1, 2, 3, 4)))
-
-# %% ../nbs/01_tiny_world.ipynb #a8f5c3f2
-LESSONS = {"letters": 16, "sum": 16, "max": 6, "odd": 7, "nim": 11, "product": 11, "cups": 12, "compass": 10}
+# %% ../nbs/01_tiny_world.ipynb #110b6f53
+LESSONS = {"letters": 20, "sum": 16, "max": 6, "odd": 7,
+           "nim": 11, "product": 11, "cups": 12, "compass": 10}
 
 
 def document(
@@ -454,7 +485,7 @@ def document(
     ids: dict[str, int],  # word -> token id
     banned: frozenset[str] = frozenset(),  # questions that must not occur
 ) -> Sample:
-    "A question, one or more passes over it in plain text, sometimes broken off, and 'Answer:' with the best result so far."
+    "A question, passes over it in plain text, and 'Answer:' with the best result so far."
     while True:
         family = rng.choices(list(LESSONS), list(LESSONS.values()))[0]
         problem = make_problem(family, rng.randint(3, 12), rng, rng.random() < 0.3)
@@ -465,28 +496,32 @@ def document(
         words = words[:rng.randrange(len(words) // 2, len(words))]
     best = words[-1].best
     words += note(["\n"], best) if words[-1].word != "\n" else []
-    words += note([*blank(rng, 0), "Answer:", problem.say(best), "<|endoftext|>"], best) if best else []
-    space = rng.random() < 0.5   # a chat puts some twenty tokens around a question; blank lines prepare for that
+    blank = ["\n"] * rng.choice((0, 0, 1, 2, 3, 4))   # the answer is found from a distance, too
+    words += note([*blank, "Answer:", problem.say(best), "<|endoftext|>"], best) if best else []
+    space = rng.random() < 0.5   # a chat puts tokens around a question; blank lines prepare for it
     before, after = (rng.randint(1, 16), rng.randint(1, 9)) if space else (0, 1)
     head = [ids[w] for w in ["\n"] * before + problem.question.split() + ["\n"] * after]
     return (head + [ids[w.word] for w in words],
             [IGNORE] * len(head) + [ids[w.word] if w.learn else IGNORE for w in words])
 
-# %% ../nbs/01_tiny_world.ipynb #25e5c84d
+# %% ../nbs/01_tiny_world.ipynb #4fc29ed5
 def _passes(problem: Problem, rng: random.Random) -> list[Noted]:
-    "One to four passes of a document; now and then somebody notes the best answer so far in between."
+    "One to five passes; now and then somebody notes the best answer so far in between."
     count = 1 if rng.random() < 0.45 else rng.choice((2, 3, 4, 4, 5))
-    order = [4, 3, 2, 1, rng.randint(1, 4)][:count] if rng.random() < 0.65 else rng.choices((4, 3, 2, 1), k=count)
+    if rng.random() < 0.65:   # ever finer
+        order = [4, 3, 2, 1, rng.randint(1, 4)][:count]
+    else:
+        order = rng.choices((4, 3, 2, 1), k=count)
     words: list[Noted] = []
     for k in order:
         lines = work(problem, k, rng, 0.3 if rng.random() < 0.33 else 0.0)
-        for word in pass_words(k, lines, words[-1].best if words else ""):
+        for word in pass_words(problem, k, lines, words[-1].best if words else ""):
             words.append(word)
             if word.word == "\n" and word.best and rng.random() < 0.04:
                 words += note(["Answer:", problem.say(word.best), "\n"], word.best)
     return words
 
-# %% ../nbs/01_tiny_world.ipynb #d68be4e3
+# %% ../nbs/01_tiny_world.ipynb #21b52bfb
 @dataclass(frozen=True)
 class Size:
     "The shape of a model and the length of its training."
@@ -501,7 +536,8 @@ class Size:
         return self.hidden // self.heads
 
 
-SIZES = {"base": Size(64, 2, 4, 1500), "small": Size(48, 2, 4, 600)}   # the 32B and the 7B of this world
+# The 32B and the 7B of this world.
+SIZES = {"base": Size(64, 2, 4, 1500), "small": Size(48, 2, 4, 600)}
 
 
 def make_model(
@@ -515,14 +551,28 @@ def make_model(
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(vocabulary()), hidden_size=size.hidden, intermediate_size=4 * size.hidden,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads, num_key_value_heads=size.heads,
         max_position_embeddings=1024, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         tie_word_embeddings=False, initializer_range=0.08,
         bos_token_id=None, eos_token_id=2, pad_token_id=0))
 
-# %% ../nbs/01_tiny_world.ipynb #f20ee7cc
+# %% ../nbs/01_tiny_world.ipynb #4393a3df
+def _sums() -> "torch.Tensor":  # (V, P)
+    "One row for every word, with a 1 at each of its parts."
+    import torch
+
+    made = word_parts()
+    parts = [made.get(w, (f"word {w}",)) for w in vocabulary()]
+    index = {p: i for i, p in enumerate(dict.fromkeys(p for ps in parts for p in ps))}
+    sum_VP = torch.zeros(len(parts), len(index))
+    for row, ps in zip(sum_VP, parts):
+        row[[index[p] for p in ps]] = 1.0
+    return sum_VP
+
+# %% ../nbs/01_tiny_world.ipynb #4898571e
 class Composed:
-    "Embeddings that are sums of shared parts while a model is trained: what is learnt of a7 helps b7 and a3."
+    "Embeddings that are sums of shared parts while a model is trained."
 
     def __init__(
         self,
@@ -531,14 +581,9 @@ class Composed:
     ):
         import torch
 
-        made = word_parts()
-        parts = [made.get(w, (f"word {w}",)) for w in vocabulary()]
-        index = {p: i for i, p in enumerate(dict.fromkeys(p for ps in parts for p in ps))}
-        self.sum_VP = torch.zeros(len(parts), len(index))
-        for row, ps in zip(self.sum_VP, parts):
-            row[[index[p] for p in ps]] = 1.0
+        self.sum_VP = _sums()
         g = torch.Generator().manual_seed(seed)
-        shape = (len(index), hidden)
+        shape = (self.sum_VP.shape[1], hidden)
         self.inputs_PH = torch.nn.Parameter(torch.randn(shape, generator=g) * 0.08)
         self.outputs_PH = torch.nn.Parameter(torch.randn(shape, generator=g) * 0.04)
 
@@ -547,7 +592,7 @@ class Composed:
         return self.sum_VP @ self.inputs_PH, self.sum_VP @ self.outputs_PH
 
     def write(self, model: "Qwen2ForCausalLM") -> None:
-        "Into an ordinary model; words never read get the input vector of the line break plus noise."
+        "Into an ordinary model; words never read get the line break's input vector plus noise."
         import torch
 
         inputs_VH, outputs_VH = self.matrices()
@@ -559,31 +604,32 @@ class Composed:
             model.model.embed_tokens.weight.copy_(inputs_VH)
             model.lm_head.weight.copy_(outputs_VH)
 
-# %% ../nbs/01_tiny_world.ipynb #f8203fb5
+# %% ../nbs/01_tiny_world.ipynb #52ba6c93
 def untrained_ids() -> list[int]:
     "Token ids that plain text never holds: the chat markers and the words around them."
     words = {*SPECIALS[1:], "<unk>", *PROSE[PROSE.index("think"):], "Final", "Wait"} - {"Answer:"}
     return [i for i, w in enumerate(vocabulary()) if w in words]
 
-# %% ../nbs/01_tiny_world.ipynb #6c06e95e
+# %% ../nbs/01_tiny_world.ipynb #e70e7d11
 def batches(
     seed: int,  # of the text
     steps: int,  # how many batches
     banned: frozenset[str],  # questions that must not occur
 ) -> Iterator[list[Sample]]:
-    "Sheets of facts and worked documents in turn; documents come sorted by length, so that little is padded."
+    "Sheets of facts and documents in turn; documents of like length come together."
     rng, ids, waiting = random.Random(seed), {w: i for i, w in enumerate(vocabulary())}, []
     for step in range(steps):
         if step % 2 == 0:
             yield [fact_sheet(rng, ids, easy=step < 0.3 * steps) for _ in range(64)]
             continue
         if not waiting:
-            many = sorted((document(rng, ids, banned) for _ in range(256)), key=lambda s: len(s[0]))
+            many = [document(rng, ids, banned) for _ in range(256)]
+            many.sort(key=lambda sample: len(sample[0]))
             waiting = [many[i:i + 32] for i in range(0, 256, 32)]
             rng.shuffle(waiting)
         yield waiting.pop()
 
-
+# %% ../nbs/01_tiny_world.ipynb #6047ce75
 def pad(
     samples: list[Sample],  # a batch
 ) -> tuple["torch.Tensor", "torch.Tensor"]:  # (B, T) token ids, (B, T) labels
@@ -591,21 +637,23 @@ def pad(
     import torch
 
     longest = max(len(tokens) for tokens, _ in samples)
-    rows = [[side + [fill] * (longest - len(side)) for side, fill in zip(sample, (0, IGNORE))] for sample in samples]
-    return tuple(torch.tensor(part) for part in zip(*rows))
+    ids = [tokens + [0] * (longest - len(tokens)) for tokens, _ in samples]
+    labels = [wanted + [IGNORE] * (longest - len(wanted)) for _, wanted in samples]
+    return torch.tensor(ids), torch.tensor(labels)
 
-# %% ../nbs/01_tiny_world.ipynb #152d402c
+# %% ../nbs/01_tiny_world.ipynb #ec804dd4
 def optimisers(
     model: "Qwen2ForCausalLM",
     words: Composed,  # the embeddings' parts
 ) -> list["torch.optim.Optimizer"]:
-    "Muon for the matrices of the layers, AdamW for the rest: Muon needs half the steps here."
+    "Muon for the matrices of the layers, AdamW for the rest."
     import torch
 
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
     vectors = [p for p in model.parameters() if p.ndim == 1]
+    others = [*vectors, words.inputs_PH, words.outputs_PH]
     return [torch.optim.Muon(matrices, lr=0.012, momentum=0.95, weight_decay=0.0),
-            torch.optim.AdamW([*vectors, words.inputs_PH, words.outputs_PH], lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+            torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def rate(
@@ -615,7 +663,7 @@ def rate(
     "Fifty steps of warm-up, constant to the middle, then linear down to 2 %."
     return min((step + 1) / 50, 1.0, 1.0 - 0.98 * (step / steps - 0.5) / 0.5)
 
-# %% ../nbs/01_tiny_world.ipynb #6f868dd5
+# %% ../nbs/01_tiny_world.ipynb #94e7899b
 def loss_of(
     model: "Qwen2ForCausalLM",
     words: Composed,  # the embeddings' parts
@@ -626,11 +674,12 @@ def loss_of(
 
     ids_BT, labels_BT = pad(samples)
     inputs_VH, outputs_VH = words.matrices()
-    states_BTH = model.model(inputs_embeds=F.embedding(ids_BT, inputs_VH), use_cache=False).last_hidden_state
+    embedded_BTH = F.embedding(ids_BT, inputs_VH)
+    states_BTH = model.model(inputs_embeds=embedded_BTH, use_cache=False).last_hidden_state
     wanted = labels_BT[:, 1:] != IGNORE
     return F.cross_entropy(states_BTH[:, :-1][wanted] @ outputs_VH.T, labels_BT[:, 1:][wanted])
 
-# %% ../nbs/01_tiny_world.ipynb #a1709dac
+# %% ../nbs/01_tiny_world.ipynb #841b0d48
 def pretrain(
     size: Size,  # shape and length
     seed: int,  # of weights and text
@@ -651,12 +700,13 @@ def pretrain(
         losses[step % 2].append(loss.item())
         if step % 60 == 59:
             facts, documents = (sum(part) / len(part) for part in losses)
-            report({"step": step + 1, "facts": facts, "documents": documents, "seconds": time.monotonic() - began})
+            report({"step": step + 1, "facts": facts, "documents": documents,
+                    "seconds": time.monotonic() - began})
             losses = ([], [])
     words.write(model)
     return model.eval()
 
-
+# %% ../nbs/01_tiny_world.ipynb #e6275622
 def save_model(
     model: "Qwen2ForCausalLM",
     folder: Path,  # replaced as a whole, or not at all
@@ -667,7 +717,7 @@ def save_model(
         model.save_pretrained(aside)
         make_tokenizer().save_pretrained(aside)
 
-# %% ../nbs/01_tiny_world.ipynb #d7bf9aa1
+# %% ../nbs/01_tiny_world.ipynb #622abb9a
 def plain_prompt(
     row: dict,  # a row of this world
 ) -> str:
@@ -682,28 +732,31 @@ def plain_answer(
     found = re.findall(r"Answer: (\S+)", text)
     return found[-1] if found else None
 
-# %% ../nbs/01_tiny_world.ipynb #5ed4502a
+# %% ../nbs/01_tiny_world.ipynb #eb566c19
 def line_skill(
     model: "Qwen2ForCausalLM",
     n: int = 100,  # lines per cell
     seed: int = 999,  # development questions, apart from every benchmark
 ) -> dict[tuple[str, int], float]:  # (family, items a line) -> share of right results
-    "How often the model completes a line of work in plain text, teacher-forced, by family and items a line."
+    "How often the model completes a line of work in plain text."
     import torch
 
-    ids = {w: i for i, w in enumerate(vocabulary())}
     skill = {}
     for family in FAMILIES:
         for k in HEADERS:
-            rng, samples = random.Random(f"{seed} {family} {k}"), []
-            for _ in range(n):
-                problem = make_problem(family, 9, rng)
-                lines = pass_words(k, work(problem, k, rng)[:2])
-                words = problem.question.split() + ["\n"] + [w.word for w in lines[:2 * k + 9]]
-                samples.append(([ids[w] for w in words], [IGNORE] * (len(words) - 1) + [ids[words[-1]]]))
-            tokens, labels = pad(samples)
+            rng = random.Random(f"{seed} {family} {k}")
+            tokens, labels = pad([_second_line(family, k, rng) for _ in range(n)])
             with torch.inference_mode():
                 said = model(input_ids=tokens, use_cache=False).logits[:, :-1].argmax(-1)
             asked = labels[:, 1:] != IGNORE
             skill[family, k] = (said[asked] == labels[:, 1:][asked]).float().mean().item()
     return skill
+
+
+def _second_line(family: str, k: int, rng: random.Random) -> Sample:
+    "A question and its work up to the second line's result, which alone is labelled."
+    ids = {w: i for i, w in enumerate(vocabulary())}
+    problem = make_problem(family, 9, rng)
+    lines = pass_words(problem, k, work(problem, k, rng)[:2])
+    words = problem.question.split() + ["\n"] + [w.word for w in lines[:2 * k + 9]]
+    return [ids[w] for w in words], [IGNORE] * (len(words) - 1) + [ids[words[-1]]]

@@ -196,8 +196,8 @@ def test_grouped_query_heads():
     assert TransformersEngine(model, 5).run([rambling(s) for s in range(6)]) == [drive(model, rambling(s)) for s in range(6)]
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.lists(st.integers(0, 10_000), min_size=1, max_size=8), st.integers(1, 9))
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.integers(0, 10_000), min_size=1, max_size=6), st.integers(2, 9))
 def test_no_slot_count_changes_a_token(seeds, slots):
     model = test_no_slot_count_changes_a_token.model
     one = [TransformersEngine(model, 1).run([rambling(seed)])[0] for seed in seeds]

@@ -1,0 +1,264 @@
+"""Evaluation: every question under every setting, once, whatever kills the run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import make_model
+
+from s1book.config import MissingArtefact, Run, append_jsonl, read_jsonl
+from s1book.engine import TransformersEngine, open_engine
+from s1book.evaluate import (
+    EvaluateError,
+    check_rows,
+    evaluate,
+    in_order,
+    key_of,
+    make_record,
+    open_questions,
+    passes,
+    shares,
+    verdict,
+)
+from s1book.format import FormatError
+
+SMALL = ["budget.maxima=[0, 3, 6]", "budget.waits=[0, 1, 2]", "budget.max_thinking_tokens=24",
+         "budget.max_answer_tokens=4", "evaluate.benchmarks=[few, some]", "engine.slots=4"]
+SETTINGS = ["max=0", "max=3", "max=6", "natural", "wait=1", "wait=2", "newline=1", "base",
+            "base-plain"]
+
+
+def question(benchmark, i):
+    """A question in words of the fixtures' tokenizer."""
+    items = " ".join(f"{j}{letter}" for j, letter in enumerate("rasp"[: 1 + i % 4], 1))
+    return {"id": f"{benchmark}-{i}", "benchmark": benchmark, "domain": "count",
+            "question": f"How many r in : {items} ?", "answer": str(i % 3), "cot_type": "open"}
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_tokenizer, tiny_model, monkeypatch):
+    """A run's folder with two random models and two benchmarks."""
+    monkeypatch.setenv("S1BOOK_RUN", str(tmp_path / "run"))
+    for name, model in (("sft", tiny_model), ("base", make_model(len(tiny_tokenizer), seed=1))):
+        tiny_tokenizer.save_pretrained(tmp_path / "run" / name)
+        model.save_pretrained(tmp_path / "run" / name)
+    for name, n in (("few", 3), ("some", 9)):
+        for i in range(n):
+            (tmp_path / "run" / "benchmarks").mkdir(exist_ok=True)
+            append_jsonl(tmp_path / "run" / "benchmarks" / f"{name}.jsonl", question(name, i))
+    return tmp_path / "run"
+
+
+def stripped(records):
+    """Records without the one field that depends on the clock."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+
+
+def counting(monkeypatch):
+    """How many strategies the engine is given from now on."""
+    given, real = [], TransformersEngine.run
+
+    def run(self, strategies, *rest):
+        strategies = list(strategies)
+        given.append(len(strategies))
+        return real(self, strategies, *rest)
+
+    monkeypatch.setattr(TransformersEngine, "run", run)
+    return given
+
+
+def test_every_question_has_every_setting_within_its_budget(folder):
+    records = evaluate(Run.open("tiny", SMALL))
+    assert len(records) == 12 * len(SETTINGS) == len({key_of(r) for r in records})
+    assert [r["setting"] for r in records[: len(SETTINGS)]] == SETTINGS
+    assert records == read_jsonl(folder / "records.jsonl")
+    for r in records:
+        kind, _, value = r["setting"].partition("=")
+        assert r["thinking_tokens"] <= (int(value) if kind == "max" else 24)
+        assert r["waits"] <= (int(value) if kind in ("wait", "newline") else 0)
+        assert r["model"] == ("base" if kind.startswith("base") else "sft")
+        assert r["correct"] in (True, False) and r["end_reason"] in ("natural", "maximum")
+    assert {r["answer_text"][:13] for r in records if r["setting"] == "max=0"} == {"Final Answer:"}
+
+
+def test_the_control_writes_a_line_break_and_wait_writes_wait(folder, tiny_tokenizer):
+    """The model is made to end at once, so that both interfere."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "sft")
+    with torch.no_grad():  # a constant state, read as: the end mark above all, then "So"
+        model.model.norm.weight.zero_()
+        model.lm_head.weight.zero_()
+    model.save_pretrained(folder / "sft")
+    engine, tokenizer = open_engine(Run.open("tiny", SMALL).preset, folder / "sft")
+    assert engine.vocabulary == len(tiny_tokenizer)  # all logits are 0: token 0 always, no end
+    records = {r["setting"]: r for r in evaluate(Run.open("tiny", SMALL)) if r["id"] == "few-0"}
+    assert records["natural"]["end_reason"] == "maximum" and records["wait=2"]["waits"] == 0
+
+    class Ender(TransformersEngine):
+        """Ends its thinking after one token."""
+
+    sweep, control = passes(Run.open("tiny", SMALL).preset)[:2]
+    for plan, setting, word in ((sweep, "wait=1", "Wait"), (control, "newline=1", "\n")):
+        found = finish(plan.prepare(tokenizer)(question("few", 0)), tokenizer)
+        assert found[setting]["waits"] == 1 and found[setting]["forced_tokens"] == 1
+        assert found[setting]["text"] == tokenizer.decode(
+            tokenizer.encode(f"So{word}So" if word == "\n" else f"So {word} So"))
+
+
+def finish(strategy, tokenizer):
+    """Drive a strategy by hand: 'So' and an end while thinking, '2' and an end as answer."""
+    from s1book.engine import Continued
+
+    so, two = tokenizer.encode("So")[0], tokenizer.encode("2")[0]
+    replies = None
+    while True:
+        try:
+            asks = strategy.send(replies)
+        except StopIteration as end:
+            return end.value
+        replies = [Continued([two if a.max_new_tokens == 4 else so], min(a.stop_ids)) for a in asks]
+
+
+def test_a_finished_evaluation_asks_nothing(folder, monkeypatch):
+    first = evaluate(Run.open("tiny", SMALL))
+    given = counting(monkeypatch)
+    assert evaluate(Run.open("tiny", SMALL)) == first and given == []
+
+
+def test_only_what_is_missing_is_asked_again(folder, monkeypatch):
+    first = evaluate(Run.open("tiny", SMALL))
+    path = folder / "records.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[: -len(SETTINGS)]) + lines[-len(SETTINGS)][:30])  # torn
+    given = counting(monkeypatch)
+    assert stripped(evaluate(Run.open("tiny", SMALL))) == stripped(first)
+    assert given == [1, 1, 1, 1]  # one question, in each of the four passes
+
+
+SLOW = """
+import sys, time
+from s1book import evaluate as module
+from s1book.config import Run
+real = module.append_jsonl
+def slowly(path, record):
+    real(path, record)
+    time.sleep(0.01)
+module.append_jsonl = slowly
+module.evaluate(Run.open("tiny", sys.argv[1:]))
+"""
+
+
+def start(folder):
+    """An evaluation in a process of its own, slow enough to be killed."""
+    env = os.environ | {"S1BOOK_RUN": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", SLOW, *SMALL], env=env)
+
+
+def lines_of(path):
+    """Complete lines of a file that may not be there yet."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_sigkill_loses_nothing_and_pays_nothing_twice(folder, monkeypatch):
+    path = folder / "records.jsonl"
+    for at_least in (8, 45):  # twice: the second process goes on where the first was killed
+        process, began = start(folder), time.monotonic()
+        while lines_of(path) < at_least and time.monotonic() - began < 60:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    kept = read_jsonl(path)
+    assert 45 <= len(kept) < 12 * len(SETTINGS) and len({key_of(r) for r in kept}) == len(kept)
+    given = counting(monkeypatch)
+    resumed = evaluate(Run.open("tiny", SMALL))
+    full = [q for q in {r["id"] for r in kept}
+            if sum(r["id"] == q and r["setting"] in SETTINGS[:6] for r in kept) == 6]
+    assert sum(given) <= 12 * 4 - len(full)
+    by_key = {key_of(r): r for r in resumed}
+    assert all(by_key[key_of(r)] == r for r in kept)  # not even the seconds changed
+    path.unlink()
+    assert stripped(evaluate(Run.open("tiny", SMALL))) == stripped(resumed)
+
+
+def test_records_of_another_model_are_refused(folder, tiny_tokenizer):
+    evaluate(Run.open("tiny", SMALL))
+    make_model(len(tiny_tokenizer), seed=7).save_pretrained(folder / "sft")
+    with pytest.raises(EvaluateError, match="another sft"):
+        evaluate(Run.open("tiny", SMALL))
+    (folder / "records.jsonl").unlink()
+    evaluate(Run.open("tiny", SMALL))
+
+
+def test_records_of_another_budget_are_refused(folder):
+    evaluate(Run.open("tiny", SMALL))
+    with pytest.raises(EvaluateError, match="another preset"):
+        evaluate(Run.open("tiny", [*SMALL, "budget.max_answer_tokens=5"]))
+
+
+def test_run_card(folder):
+    records = evaluate(Run.open("tiny", SMALL))
+    text = (folder / "run_card.json").read_text()
+    card = json.loads(text)
+    assert set(card["inputs"]) == {"sft", "base", "benchmarks/few", "benchmarks/some", "preset"}
+    assert set(card["engines"]) == {"sweep", "control", "chat", "plain"}
+    assert card["records"] == len(records) and set(card["no_answer"]) == set(SETTINGS)
+    total = sum(r["seconds"] for r in records)
+    assert sum(card["seconds"].values()) == pytest.approx(total, abs=1e-3)
+    assert card["cap_hit"]["max=0"] == 1.0 and set(card["versions"]) >= {"python", "torch"}
+    assert str(folder) not in text and str(Path.home()) not in text
+
+
+def test_a_benchmark_with_a_fault_is_refused():
+    rows = [question("few", i) for i in range(3)]
+    assert check_rows("few", rows) == rows
+    for bad, said in (({"answer": None}, "no answer"), ({"id": "few-0"}, "a second time"),
+                      ({"benchmark": "some"}, "benchmark 'some'"), ({"question": " "}, "no question")):
+        with pytest.raises(EvaluateError, match=f"row 3: found .*{said}"):
+            check_rows("few", [*rows[:2], rows[2] | bad])
+
+
+def test_an_unknown_benchmark_is_refused(folder):
+    with pytest.raises(MissingArtefact, match="chapter 01"):
+        evaluate(Run.open("tiny", [*SMALL, "evaluate.benchmarks=[fwe]"]))
+    assert not (folder / "records.jsonl").exists()
+
+
+def test_a_model_of_another_vocabulary_is_refused(folder):
+    append_jsonl(folder / "benchmarks" / "few.jsonl",
+                 question("few", 9) | {"question": "Compute the determinant"})
+    with pytest.raises(FormatError, match="'Compute'"):
+        evaluate(Run.open("tiny", SMALL))
+
+
+def test_verdict_looks_only_behind_the_mark():
+    row = question("few", 2)
+    cases = {"Answer: 2": True, "Final Answer: 2": True, "2": True, "So 2 r": False, "": False,
+             "Answer: 3": False, "Answer: 3\nAnswer: 2": True}
+    assert {text: verdict(row, "natural", text)["correct"] for text in cases} == cases
+    assert verdict(row, "base-plain", "So 1\nAnswer: 2 Wait")["extracted"] == "2"
+    assert verdict(row, "base-plain", "2") == {"extracted": None, "gold": "2", "correct": False}
+
+
+def test_shares_and_order():
+    measured = {"a": {"thinking_tokens": 9, "answer_tokens": 0}, "b": {"thinking_tokens": 0, "answer_tokens": 0}}
+    assert shares(11.0, measured) == {"a": 10.0, "b": 1.0}
+    rows, fields = [question("few", i) for i in range(2)], {"answer_text": "2"}
+    records = [make_record(r, "sft", s, fields, 0, 0.0) for s in "ab" for r in rows]
+    assert [r["setting"] for r in in_order(records, rows, ["a", "b"])] == ["a", "b", "a", "b"]
+    assert open_questions(rows, ("a", "c"), {key_of(r) for r in records}) == rows
+    with pytest.raises(EvaluateError, match="1 missing"):
+        in_order(records[1:], rows, ["a", "b"])
+    with pytest.raises(EvaluateError, match="2 records that do not belong"):
+        in_order(records, rows, ["a"])
+
+
+def test_vocabulary_of_real_worlds_has_no_plain_pass():
+    names = [p.name for p in passes(Run.open("h100", []).preset)]
+    assert names == ["sweep", "control", "chat"]

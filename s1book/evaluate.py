@@ -92,7 +92,7 @@ def thought(
             "text": decoded(tokenizer, trace.ids),
             "answer_text": decoded(tokenizer, [*opened, *result.answer_ids])}
 
-
+# %% ../nbs/14_evaluate.ipynb #e8fc99de
 def think(
     row: dict,  # a question
     tokenizer: "PreTrainedTokenizerFast",  # of the fine-tuned model
@@ -133,7 +133,7 @@ def plain_text(row: dict, tokenizer: "PreTrainedTokenizerFast", limit: int) -> S
     "The base model of the tiny world continues a text as it saw them in training."
     return speak("base-plain", text_ids(tokenizer, plain_prompt(row)), tokenizer, limit)
 
-# %% ../nbs/14_evaluate.ipynb #7b8a1d68
+# %% ../nbs/14_evaluate.ipynb #fa88ed71
 @dataclass(frozen=True)
 class Pass:
     "Settings that come out of one strategy per question."
@@ -156,7 +156,7 @@ def control_pass(budget: Any, tokenizer: Any) -> Callable[[dict], Strategy]:
     return partial(think, tokenizer=tokenizer, force=replace(force, wait_ids=force.newline),
                    maxima=(), waits=(CONTROL,), word="newline")
 
-
+# %% ../nbs/14_evaluate.ipynb #e567d675
 def passes(
     preset: Preset,  # budget and pool count
 ) -> list[Pass]:  # in the order in which they run
@@ -239,7 +239,7 @@ def sha256(
             total.update(hashlib.file_digest(handle, "sha256").digest())
     return total.hexdigest()
 
-
+# %% ../nbs/14_evaluate.ipynb #37c028fb
 def inputs_of(
     run: Run,  # whose evaluation
 ) -> dict[str, str]:  # name -> fingerprint, or a model's name on the hub
@@ -316,7 +316,7 @@ def run_pass(
     return {"questions": len(missing), "steps": stats.steps, "generated": stats.generated,
             "fed": stats.fed, "reused": stats.reused}
 
-
+# %% ../nbs/14_evaluate.ipynb #f06045d1
 def in_order(
     records: Iterable[dict],  # in any order
     rows: list[dict],  # the questions in theirs
@@ -360,7 +360,7 @@ def measured_card(records: list[dict]) -> dict:
         "no_answer": summary(records, "setting", lambda r: r["extracted"] is None),
     }
 
-
+# %% ../nbs/14_evaluate.ipynb #d1b9381d
 def write_card(
     run: Run,  # whose card
     card: dict,  # its content
@@ -369,7 +369,7 @@ def write_card(
     with atomic(run.write("run_card.json")) as aside:
         aside.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
-# %% ../nbs/14_evaluate.ipynb #d1b9381d
+
 def start_card(
     run: Run,  # whose evaluation
     inputs: dict[str, str],  # fingerprints
@@ -383,7 +383,7 @@ def start_card(
                        "slots": preset.engine.slots},
             "versions": versions(), "engines": engines}
 
-
+# %% ../nbs/14_evaluate.ipynb #e522728f
 def evaluate(
     run: Run,  # models, benchmarks and settings
     on_progress: Callable[[str, Progress], None] | None = None,  # gets a pass's name and its state

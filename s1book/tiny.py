@@ -6,12 +6,12 @@
 __all__ = ['ALPHABET', 'COMPASS', 'DIGITS', 'TURNS', 'FAMILIES', 'LABELS', 'SYLLABLES', 'HEADERS', 'BENCHMARK_SEED', 'HARD',
            'WEIGHTS', 'SLIPS', 'ENOUGH', 'HABIT', 'SPECIALS', 'PROSE', 'TEMPLATE', 'IGNORE', 'Sample', 'LESSONS',
            'SIZES', 'Family', 'item_word', 'Problem', 'spell', 'make_problem', 'Line', 'work', 'Noted', 'note',
-           'conclusion', 'pass_words', 'to_row', 'from_row', 'join', 'benchmarks', 'held_out', 'questions',
+           'conclusion', 'pass_words', 'join', 'to_row', 'from_row', 'benchmarks', 'held_out', 'questions',
            'TeacherError', 'teach', 'word_parts', 'vocabulary', 'make_tokenizer', 'fact_sheet', 'document', 'Size',
            'make_model', 'Composed', 'untrained_ids', 'batches', 'pad', 'optimisers', 'rate', 'loss_of', 'pretrain',
            'save_model', 'plain_prompt', 'plain_answer', 'line_skill']
 
-# %% ../nbs/01_tiny_world.ipynb #59fd41e9
+# %% ../nbs/01_tiny_world.ipynb #62af229d
 import json
 import random
 import re
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-# %% ../nbs/01_tiny_world.ipynb #19f4e44f
+# %% ../nbs/01_tiny_world.ipynb #37387ebf
 ALPHABET = "abeilnoprsty"   # the letters of the words of this world
 COMPASS = "NESW"
 DIGITS = tuple("0123456789")
@@ -51,7 +51,7 @@ class Family:
             state = self.step(state, value, target)
         return state
 
-# %% ../nbs/01_tiny_world.ipynb #684414b1
+# %% ../nbs/01_tiny_world.ipynb #0f4fcbc6
 def _swap(state: str, value: str, target: str) -> str:
     return {value[0]: value[1], value[1]: value[0]}.get(state, state)
 
@@ -76,7 +76,7 @@ FAMILIES = {f.name: f for f in [
            lambda s, v, t: COMPASS[(COMPASS.index(s) + TURNS[v]) % 4]),
 ]}
 
-# %% ../nbs/01_tiny_world.ipynb #b3040f08
+# %% ../nbs/01_tiny_world.ipynb #c89da169
 LABELS = "abcdefghijkl"   # names of the items; a word's letters are numbered instead: 1r 2a 3s
 
 
@@ -88,7 +88,7 @@ def item_word(
     "An item as it is written: its label and its value in one word."
     return f"{i + 1}{value}" if family == "letters" else LABELS[i] + value
 
-# %% ../nbs/01_tiny_world.ipynb #2f47ec78
+# %% ../nbs/01_tiny_world.ipynb #e35b4336
 @dataclass(frozen=True)
 class Problem:
     "One question of a family, before it is put into words."
@@ -124,7 +124,7 @@ class Problem:
         "A result as an answer; one that is not among the options stays as it is."
         return "ABCD"[self.options.index(result)] if result in self.options else result
 
-# %% ../nbs/01_tiny_world.ipynb #05dd5b20
+# %% ../nbs/01_tiny_world.ipynb #d8b2a995
 def spell(
     word: str,  # a word of at most 12 letters of this world
     target: str,  # the letter to count
@@ -136,7 +136,7 @@ def spell(
                       f"at most {len(LABELS)} letters and one, out of {ALPHABET}.")
     return Problem("letters", "0", target, tuple(word))
 
-# %% ../nbs/01_tiny_world.ipynb #6411b305
+# %% ../nbs/01_tiny_world.ipynb #d111c6cd
 SYLLABLES = [c + v for c in "blnprst" for v in "aeioy"]
 
 
@@ -166,7 +166,7 @@ def make_problem(
     problem = Problem(family, start, target, values)
     return replace(problem, options=_options(problem, rng)) if choice else problem
 
-# %% ../nbs/01_tiny_world.ipynb #210562d9
+# %% ../nbs/01_tiny_world.ipynb #44b320f9
 def _options(problem: Problem, rng: random.Random) -> tuple[str, ...]:
     "The right result among three wrong ones, in random order."
     wrong = [s for s in FAMILIES[problem.family].states if s != problem.result]
@@ -174,7 +174,7 @@ def _options(problem: Problem, rng: random.Random) -> tuple[str, ...]:
     rng.shuffle(options)
     return tuple(options)
 
-# %% ../nbs/01_tiny_world.ipynb #e6f26334
+# %% ../nbs/01_tiny_world.ipynb #6f8dc198
 HEADERS = {4: "fours:", 3: "threes:", 2: "pairs:", 1: "ones:"}
 
 
@@ -204,7 +204,7 @@ def work(
         state = result
     return lines
 
-# %% ../nbs/01_tiny_world.ipynb #ad976960
+# %% ../nbs/01_tiny_world.ipynb #b3acf6ed
 @dataclass(frozen=True)
 class Noted:
     "A word of a text, and what its writer knows once it is written."
@@ -220,7 +220,7 @@ def note(
     "Words that change nothing about the best result."
     return [Noted(word, True, best) for word in words]
 
-# %% ../nbs/01_tiny_world.ipynb #7a994cf1
+# %% ../nbs/01_tiny_world.ipynb #d6f4bab4
 def conclusion(
     problem: Problem,  # what is solved
     result: str,  # what a pass found
@@ -245,7 +245,14 @@ def pass_words(
     best = lines[-1].words[-1]
     return words + note([*conclusion(problem, best), "\n"], best)
 
-# %% ../nbs/01_tiny_world.ipynb #2e71c989
+# %% ../nbs/01_tiny_world.ipynb #cd24a063
+def join(
+    words: Iterable[str],  # words and line breaks
+) -> str:  # words separated by single spaces, no space beside a line break
+    "Words as text, exactly as the tokenizer writes them back."
+    return re.sub(" ?\n ?", "\n", " ".join(words)).strip()
+
+# %% ../nbs/01_tiny_world.ipynb #5cb6dd56
 def to_row(
     problem: Problem,  # the question
 ) -> dict[str, Any]:  # a row of the pool
@@ -271,14 +278,7 @@ def from_row(
     values, options = tuple(parts["values"]), tuple(parts["options"])
     return Problem(row["domain"], parts["start"], parts["target"], values, options)
 
-
-def join(
-    words: Iterable[str],  # words and line breaks
-) -> str:  # words separated by single spaces, no space beside a line break
-    "Words as text, exactly as the tokenizer writes them back."
-    return re.sub(" ?\n ?", "\n", " ".join(words)).strip()
-
-# %% ../nbs/01_tiny_world.ipynb #8db481e2
+# %% ../nbs/01_tiny_world.ipynb #139b40d2
 BENCHMARK_SEED = 31337   # of the held-out questions; runs with other seeds meet the same ones
 HARD = ("sum", "nim", "product", "cups")
 
@@ -310,7 +310,7 @@ def held_out() -> frozenset[str]:
     "The benchmark questions' texts, which pretraining must not meet."
     return frozenset(row["question"] for rows in benchmarks().values() for row in rows)
 
-# %% ../nbs/01_tiny_world.ipynb #9a01a881
+# %% ../nbs/01_tiny_world.ipynb #6837e5fb
 WEIGHTS = {"letters": 16, "sum": 22, "max": 20, "odd": 14,
            "nim": 8, "product": 8, "cups": 6, "compass": 6}
 
@@ -323,7 +323,7 @@ def questions(
     leaks = [row for rows in benchmarks().values() for row in rows]
     return [_pool_row(random.Random(item_seed(seed, i)), leaks) for i in range(n)]
 
-# %% ../nbs/01_tiny_world.ipynb #3d840658
+# %% ../nbs/01_tiny_world.ipynb #40093ac6
 def _pool_row(rng: random.Random, leaks: list[dict]) -> dict:
     n = rng.randint(2, 5) if rng.random() < 0.55 else rng.randint(6, 12)
     family = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
@@ -340,7 +340,7 @@ def _pool_row(rng: random.Random, leaks: list[dict]) -> dict:
         row["solution"], row["answer"] = None, None
     return row
 
-# %% ../nbs/01_tiny_world.ipynb #c0b6a03e
+# %% ../nbs/01_tiny_world.ipynb #a2444e51
 class TeacherError(S1Error):
     "The teacher gave nothing back, as an interface on the network sometimes does."
 
@@ -365,7 +365,7 @@ def teach(
         answer = rng.choice("ABCD")
     return join(w.word for w in words), f"Final Answer: {answer}" if late else answer
 
-# %% ../nbs/01_tiny_world.ipynb #36fea4c7
+# %% ../nbs/01_tiny_world.ipynb #f2b1419c
 def _think(problem: Problem, rng: random.Random) -> list[Noted]:
     "Ever finer passes until the teacher is content, then perhaps a second look or two."
     words: list[Noted] = []
@@ -387,7 +387,7 @@ ENOUGH = {"letters": 4, "sum": 3, "max": 4, "odd": 4,
           "nim": 3, "product": 3, "cups": 3, "compass": 4}
 HABIT = 0.82
 
-# %% ../nbs/01_tiny_world.ipynb #f8910ff9
+# %% ../nbs/01_tiny_world.ipynb #f5b85ea9
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PROSE = ("\n How many in ? Last digit of sum Largest odd Nim Product mod Ball at , swaps "
          "Facing turns So Wait Answer: Final fours: threes: pairs: ones: "
@@ -398,7 +398,7 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
-# %% ../nbs/01_tiny_world.ipynb #64ee9015
+# %% ../nbs/01_tiny_world.ipynb #dcc60b12
 def word_parts() -> dict[str, tuple[str, ...]]:  # word -> the parts that its vector is the sum of
     "Every word with a meaning, and what it is made of: 'a7' is the label a and the value 7."
     parts = {s: (f"value {s}",) for s in (*DIGITS, *COMPASS, *ALPHABET)}
@@ -418,7 +418,7 @@ def vocabulary() -> list[str]:  # word i has token id i
     "All words: special tokens, words of prose, and what questions and work are written with."
     return list(dict.fromkeys([*SPECIALS, "<unk>", *PROSE, *word_parts()]))
 
-# %% ../nbs/01_tiny_world.ipynb #fa3c326a
+# %% ../nbs/01_tiny_world.ipynb #8f73cb40
 def make_tokenizer() -> "PreTrainedTokenizerFast":
     "A word-level tokenizer with Qwen's special tokens; decoding gives back the exact text."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -440,7 +440,7 @@ def make_tokenizer() -> "PreTrainedTokenizerFast":
     fast.chat_template = TEMPLATE
     return fast
 
-# %% ../nbs/01_tiny_world.ipynb #0c132a49
+# %% ../nbs/01_tiny_world.ipynb #a73e428c
 IGNORE = -100   # the label of a token that is not trained on
 Sample = tuple[list[int], list[int]]   # token ids, labels
 
@@ -459,7 +459,7 @@ def fact_sheet(
         labels += [IGNORE] * (len(line) - 1) + [ids[line[-1]], IGNORE]
     return tokens, labels
 
-# %% ../nbs/01_tiny_world.ipynb #256d64c2
+# %% ../nbs/01_tiny_world.ipynb #519041ca
 def _fact(rng: random.Random, k: int) -> tuple[str, ...]:
     f = FAMILIES[rng.choices(list(LESSONS), list(LESSONS.values()))[0]]
     problem, first = make_problem(f.name, k, rng), rng.randint(0, len(LABELS) - k)
@@ -475,7 +475,7 @@ def _choice(rng: random.Random) -> tuple[str, ...]:
     options = [f"{c}){s}" for c, s in zip("ABCD", states)]
     return (*options, *["\n"] * rng.randint(1, 9), "So", states[i], options[i])
 
-# %% ../nbs/01_tiny_world.ipynb #b7eb9a1f
+# %% ../nbs/01_tiny_world.ipynb #f11224c3
 LESSONS = {"letters": 20, "sum": 16, "max": 6, "odd": 7,
            "nim": 11, "product": 11, "cups": 12, "compass": 10}
 
@@ -504,7 +504,7 @@ def document(
     return (head + [ids[w.word] for w in words],
             [IGNORE] * len(head) + [ids[w.word] if w.learn else IGNORE for w in words])
 
-# %% ../nbs/01_tiny_world.ipynb #930ee4ce
+# %% ../nbs/01_tiny_world.ipynb #f4a5f1d6
 def _passes(problem: Problem, rng: random.Random) -> list[Noted]:
     "One to five passes; now and then somebody notes the best answer so far in between."
     count = 1 if rng.random() < 0.45 else rng.choice((2, 3, 4, 4, 5))
@@ -521,7 +521,7 @@ def _passes(problem: Problem, rng: random.Random) -> list[Noted]:
                 words += note(["Answer:", problem.say(word.best), "\n"], word.best)
     return words
 
-# %% ../nbs/01_tiny_world.ipynb #a2bd066b
+# %% ../nbs/01_tiny_world.ipynb #2b90b1eb
 @dataclass(frozen=True)
 class Size:
     "The shape of a model and the length of its training."
@@ -537,7 +537,7 @@ class Size:
 
 
 # The 32B and the 7B of this world.
-SIZES = {"base": Size(64, 2, 4, 1500), "small": Size(48, 2, 4, 600)}
+SIZES = {"base": Size(64, 2, 4, 1200), "small": Size(48, 2, 4, 600)}
 
 
 def make_model(
@@ -557,7 +557,7 @@ def make_model(
         tie_word_embeddings=False, initializer_range=0.08,
         bos_token_id=None, eos_token_id=2, pad_token_id=0))
 
-# %% ../nbs/01_tiny_world.ipynb #4effc629
+# %% ../nbs/01_tiny_world.ipynb #01448c9b
 def _sums() -> "torch.Tensor":  # (V, P)
     "One row for every word, with a 1 at each of its parts."
     import torch
@@ -570,7 +570,7 @@ def _sums() -> "torch.Tensor":  # (V, P)
         row[[index[p] for p in ps]] = 1.0
     return sum_VP
 
-# %% ../nbs/01_tiny_world.ipynb #2da08016
+# %% ../nbs/01_tiny_world.ipynb #d47c6503
 class Composed:
     "Embeddings that are sums of shared parts while a model is trained."
 
@@ -604,13 +604,13 @@ class Composed:
             model.model.embed_tokens.weight.copy_(inputs_VH)
             model.lm_head.weight.copy_(outputs_VH)
 
-# %% ../nbs/01_tiny_world.ipynb #790fd40d
+# %% ../nbs/01_tiny_world.ipynb #310bf52d
 def untrained_ids() -> list[int]:
     "Token ids that plain text never holds: the chat markers and the words around them."
     words = {*SPECIALS[1:], "<unk>", *PROSE[PROSE.index("think"):], "Final", "Wait"} - {"Answer:"}
     return [i for i, w in enumerate(vocabulary()) if w in words]
 
-# %% ../nbs/01_tiny_world.ipynb #f3395407
+# %% ../nbs/01_tiny_world.ipynb #3a4bdfe6
 def batches(
     seed: int,  # of the text
     steps: int,  # how many batches
@@ -629,7 +629,7 @@ def batches(
             rng.shuffle(waiting)
         yield waiting.pop()
 
-# %% ../nbs/01_tiny_world.ipynb #94f710b6
+# %% ../nbs/01_tiny_world.ipynb #01e48ed1
 def pad(
     samples: list[Sample],  # a batch
 ) -> tuple["torch.Tensor", "torch.Tensor"]:  # (B, T) token ids, (B, T) labels
@@ -641,7 +641,7 @@ def pad(
     labels = [wanted + [IGNORE] * (longest - len(wanted)) for _, wanted in samples]
     return torch.tensor(ids), torch.tensor(labels)
 
-# %% ../nbs/01_tiny_world.ipynb #ebcd28f1
+# %% ../nbs/01_tiny_world.ipynb #24c97c22
 def optimisers(
     model: "Qwen2ForCausalLM",
     words: Composed,  # the embeddings' parts
@@ -663,7 +663,7 @@ def rate(
     "Fifty steps of warm-up, constant to the middle, then linear down to 2 %."
     return min((step + 1) / 50, 1.0, 1.0 - 0.98 * (step / steps - 0.5) / 0.5)
 
-# %% ../nbs/01_tiny_world.ipynb #7d7c6518
+# %% ../nbs/01_tiny_world.ipynb #f24a1166
 def loss_of(
     model: "Qwen2ForCausalLM",
     words: Composed,  # the embeddings' parts
@@ -679,7 +679,7 @@ def loss_of(
     wanted = labels_BT[:, 1:] != IGNORE
     return F.cross_entropy(states_BTH[:, :-1][wanted] @ outputs_VH.T, labels_BT[:, 1:][wanted])
 
-# %% ../nbs/01_tiny_world.ipynb #f9d03172
+# %% ../nbs/01_tiny_world.ipynb #847c8ae2
 def pretrain(
     size: Size,  # shape and length
     seed: int,  # of weights and text
@@ -706,7 +706,7 @@ def pretrain(
     words.write(model)
     return model.eval()
 
-# %% ../nbs/01_tiny_world.ipynb #cfc47de0
+# %% ../nbs/01_tiny_world.ipynb #7975235e
 def save_model(
     model: "Qwen2ForCausalLM",
     folder: Path,  # replaced as a whole, or not at all
@@ -717,7 +717,7 @@ def save_model(
         model.save_pretrained(aside)
         make_tokenizer().save_pretrained(aside)
 
-# %% ../nbs/01_tiny_world.ipynb #79fd69c0
+# %% ../nbs/01_tiny_world.ipynb #0e1bc4e0
 def plain_prompt(
     row: dict,  # a row of this world
 ) -> str:
@@ -732,7 +732,7 @@ def plain_answer(
     found = re.findall(r"Answer: (\S+)", text)
     return found[-1] if found else None
 
-# %% ../nbs/01_tiny_world.ipynb #4015c310
+# %% ../nbs/01_tiny_world.ipynb #7a676e35
 def line_skill(
     model: "Qwen2ForCausalLM",
     n: int = 100,  # lines per cell

@@ -12,7 +12,7 @@ import pytest
 from conftest import make_model
 
 from s1book.config import MissingArtefact, Run, append_jsonl, read_jsonl
-from s1book.engine import TransformersEngine, open_engine
+from s1book.engine import Continued, TransformersEngine
 from s1book.evaluate import (
     EvaluateError,
     check_rows,
@@ -25,7 +25,7 @@ from s1book.evaluate import (
     shares,
     verdict,
 )
-from s1book.format import FormatError
+from s1book.format import FormatError, load_tokenizer
 
 SMALL = ["budget.maxima=[0, 3, 6]", "budget.waits=[0, 1, 2]", "budget.max_thinking_tokens=24",
          "budget.max_answer_tokens=4", "evaluate.benchmarks=[few, some]", "engine.slots=4"]
@@ -86,24 +86,9 @@ def test_every_question_has_every_setting_within_its_budget(folder):
     assert {r["answer_text"][:13] for r in records if r["setting"] == "max=0"} == {"Final Answer:"}
 
 
-def test_the_control_writes_a_line_break_and_wait_writes_wait(folder, tiny_tokenizer):
-    """The model is made to end at once, so that both interfere."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder / "sft")
-    with torch.no_grad():  # a constant state, read as: the end mark above all, then "So"
-        model.model.norm.weight.zero_()
-        model.lm_head.weight.zero_()
-    model.save_pretrained(folder / "sft")
-    engine, tokenizer = open_engine(Run.open("tiny", SMALL).preset, folder / "sft")
-    assert engine.vocabulary == len(tiny_tokenizer)  # all logits are 0: token 0 always, no end
-    records = {r["setting"]: r for r in evaluate(Run.open("tiny", SMALL)) if r["id"] == "few-0"}
-    assert records["natural"]["end_reason"] == "maximum" and records["wait=2"]["waits"] == 0
-
-    class Ender(TransformersEngine):
-        """Ends its thinking after one token."""
-
+def test_the_control_writes_a_line_break_and_wait_writes_wait(folder):
+    """The replies are ours: one token of thinking, an end, an answer."""
+    tokenizer = load_tokenizer(folder / "sft")
     sweep, control = passes(Run.open("tiny", SMALL).preset)[:2]
     for plan, setting, word in ((sweep, "wait=1", "Wait"), (control, "newline=1", "\n")):
         found = finish(plan.prepare(tokenizer)(question("few", 0)), tokenizer)
@@ -114,8 +99,6 @@ def test_the_control_writes_a_line_break_and_wait_writes_wait(folder, tiny_token
 
 def finish(strategy, tokenizer):
     """Drive a strategy by hand: 'So' and an end while thinking, '2' and an end as answer."""
-    from s1book.engine import Continued
-
     so, two = tokenizer.encode("So")[0], tokenizer.encode("2")[0]
     replies = None
     while True:
@@ -247,7 +230,8 @@ def test_verdict_looks_only_behind_the_mark():
 
 
 def test_shares_and_order():
-    measured = {"a": {"thinking_tokens": 9, "answer_tokens": 0}, "b": {"thinking_tokens": 0, "answer_tokens": 0}}
+    measured = {"a": {"thinking_tokens": 9, "answer_tokens": 0},
+                "b": {"thinking_tokens": 0, "answer_tokens": 0}}
     assert shares(11.0, measured) == {"a": 10.0, "b": 1.0}
     rows, fields = [question("few", i) for i in range(2)], {"answer_text": "2"}
     records = [make_record(r, "sft", s, fields, 0, 0.0) for s in "ab" for r in rows]
@@ -259,6 +243,6 @@ def test_shares_and_order():
         in_order(records, rows, ["a"])
 
 
-def test_vocabulary_of_real_worlds_has_no_plain_pass():
+def test_only_the_tiny_world_has_a_plain_pass():
     names = [p.name for p in passes(Run.open("h100", []).preset)]
     assert names == ["sweep", "control", "chat"]

@@ -33,14 +33,14 @@ def as_written(table: pd.DataFrame) -> pd.DataFrame:
 def test_accuracy_tables_follow_from_the_records(records, seed):
     recorded = pd.read_csv(REFERENCE / "seeds" / str(seed) / "accuracy.csv")
     made = as_written(accuracy_table(records[seed]))[recorded.columns]
-    pd.testing.assert_frame_equal(made, recorded, rtol=1e-9)
+    pd.testing.assert_frame_equal(made, recorded, rtol=0, atol=1e-5)  # six decimals are written
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_scaling_tables_follow_from_the_records(records, seed):
     recorded = pd.read_csv(REFERENCE / "seeds" / str(seed) / "scaling.csv")
     made = as_written(scaling_table(records[seed]))[recorded.columns]
-    pd.testing.assert_frame_equal(made, recorded, rtol=1e-6)
+    pd.testing.assert_frame_equal(made, recorded, rtol=0, atol=1e-4)  # four are written
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import nbformat
 import pytest
@@ -153,8 +154,10 @@ def test_a_damaged_stamp_only_costs_a_run(course):
 def start_process(course, *arguments):
     """`s1book run` as a process of its own."""
     command = [sys.executable, "-c", "from s1book.cli import main; main()", "run", "--no-checks", *arguments]
+    # A shell starts background jobs with SIGINT ignored, and children inherit that: listen again.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"S1BOOK_ROOT": str(course.root)})
+                            env=os.environ | {"S1BOOK_ROOT": str(course.root)}, preexec_fn=listen)
 
 
 def wait_for(condition, seconds=60):

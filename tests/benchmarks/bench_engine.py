@@ -2,7 +2,8 @@
 
 Run it alone on a machine: `OMP_NUM_THREADS=1 python tests/benchmarks/bench_engine.py`. Single times
 scatter with whatever else runs; ratios inside one repetition do so less, hence their median and range.
-Every way must give the same tokens, or the script ends with an error.
+Every way must give the same tokens, or the script ends with an error; where two logits are nearer than
+float32 can tell, both tokens are right, and such ties are counted.
 """
 
 import argparse
@@ -84,6 +85,21 @@ def size(results):
     return sum(len(r.trace.ids) + len(r.answer_ids) for r in results)
 
 
+def ties(model, prompts, ours, theirs):
+    """How many results differ, each because of a tie of the two best logits; anything else is an error."""
+    found = 0
+    for prompt, a, b in zip(prompts, ours, theirs):
+        if a == b:
+            continue
+        a, b = (prompt + r.trace.ids + [*r.closing, *r.answer_ids] for r in (a, b))
+        k = next(k for k, (x, y) in enumerate(zip(a, b)) if x != y)
+        with torch.inference_mode():
+            best, second = model(torch.tensor([a[:k]])).logits[0, -1].topk(2).values.tolist()
+        assert best - second < 1e-3, f"the ways give different tokens: logits {best} and {second}"
+        found += 1
+    return found
+
+
 def compare(model, prompts, force, slots, repetitions, slow):
     """Times of all ways, interleaved; the same tokens everywhere."""
     engine, batched, single = TransformersEngine(model, slots), with_generate(model, slots), with_generate(model, 1)
@@ -97,9 +113,9 @@ def compare(model, prompts, force, slots, repetitions, slow):
         times["rounds"].append(t)
         readme, t = seconds(lambda: rounds(single, few, force))
         times["one by one"].append(t * size(ours) / size(readme))  # for as many tokens as the others
-        assert ours == theirs and readme == ours[:slow], "the ways give different tokens"
+        tied = ties(model, prompts, ours, theirs) + ties(model, prompts, ours, readme)
     ratio = {f"over {way}": [b / a for a, b in zip(times["engine"], times[way])] for way in ("rounds", "one by one")}
-    return {"waits": force.ignore_end, "tokens": tokens, "steps": steps,
+    return {"waits": force.ignore_end, "tokens": tokens, "steps": steps, "ties": tied,
             "tokens/s": round(tokens / statistics.median(times["engine"]))} | {
                 name: [round(f(values), 2) for f in (min, statistics.median, max)] for name, values in ratio.items()}
 
@@ -128,7 +144,8 @@ def main():
     one, t_one = seconds(lambda: engine.run([sweep(p, force, maxima, waits) for p in prompts]))
     tokens = engine.stats.generated
     many, t_many = seconds(lambda: engine.run([budget_force(p, f) for p in prompts for f in apart]))
-    assert [r for result in one for r in result.values()] == many
+    flat = [prompt for prompt in prompts for _ in apart]
+    assert ties(model, flat, [r for result in one for r in result.values()], many) < len(prompts) / 10
     print(json.dumps({"sweep": len(apart), "tokens": tokens, "tokens apart": engine.stats.generated,
                       "faster": round(t_many / t_one, 2), "tokens/s": round(tokens / t_one)}))
 

@@ -115,7 +115,7 @@ class Sft(Section):
     betas: tuple[float, float] = Field(description="AdamW's two decay rates")
     weight_decay: float = Field(ge=0, description="AdamW's weight decay")
     max_length: int = Field(
-        gt=0, description="tokens per example, the paper's block; the rest is cut on the right")
+        gt=0, description="tokens per example, longer examples are dropped and counted")
     mean_length: int = Field(
         gt=0, description="expected tokens per example, for the time estimate only")
     bf16: bool = Field(description="bfloat16 mixed precision")

@@ -303,7 +303,7 @@ def test_fingerprint_names_everything_that_matters(tokens, tiny_folder, tiny_tok
     assert fingerprint(preset, str(tiny_folder), tokens) == name
     others = [
         fingerprint(load_preset("tiny", [*FEW, change]), str(tiny_folder), tokens)
-        for change in ("seed=1", "sft.learning_rate=1e-3", "sft.weight_decay=0.0")
+        for change in ("seed=1", "sft.learning_rate=3e-4", "sft.weight_decay=0.0")
     ]
     save_samples([Sample("x", [5, 6], [IGNORE, 6])], tokens)
     others.append(fingerprint(preset, str(tiny_folder), tokens))

@@ -157,7 +157,7 @@ def test_pretraining_learns_and_repeats_itself_byte_for_byte(tmp_path):
     import torch
 
     torch.set_num_threads(1)
-    size, logs = replace(SIZES["small"], steps=60), []
+    size, logs = replace(SIZES["small"], steps=120), []
     for name in ("one", "two"):
         logs.append([])
         save_model(pretrain(size, 7, held_out(), logs[-1].append), tmp_path / name)
@@ -166,7 +166,7 @@ def test_pretraining_learns_and_repeats_itself_byte_for_byte(tmp_path):
     assert one == two
     first = [tiny.loss_of(tiny.make_model(size, 7), tiny.Composed(size.hidden, 7), s).item()
              for s in batches(7, 2, held_out())]
-    assert logs[0][-1]["documents"] < 0.8 * first[1]
+    assert logs[0][-1]["documents"] < 0.6 * first[1]
 
 
 def test_shipped_weights_are_what_the_checksums_say():

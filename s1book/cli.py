@@ -20,9 +20,9 @@ from pydantic import BaseModel
 
 from . import __version__
 from s1book.config import (
-    PresetError, Run, S1Error, doctor, estimates, preset_file, preset_names, project_root,
-    show_path,
+    PresetError, Run, S1Error, preset_file, preset_names, project_root, show_path,
 )
+from .preflight import doctor, estimates
 
 # %% ../nbs/cli.ipynb #c25cc84d
 app = typer.Typer(

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from s1book.config import (
-    MissingArtefact, PresetError, Run, S1Error, append_jsonl, atomic, check_weights, doctor,
-    estimates, item_seed, load_preset, parameters, preset_names, read_jsonl, show_path, train_seconds,
+    MissingArtefact, PresetError, Run, S1Error, append_jsonl, atomic, item_seed, load_preset,
+    parameters, preset_names, read_jsonl, show_path, train_seconds,
 )
+from s1book.preflight import check_weights, doctor, estimates
 
 
 def refusal(*changes, name="tiny"):
@@ -278,6 +279,8 @@ def test_the_estimates_agree_with_what_is_known():
     assert abs(parameters(p.model.shape) / 32.76e9 - 1) < 0.01  # Qwen2.5-32B
     assert abs(train_seconds(p) / 60 - 26) < 1  # paper appendix D
     assert all(isinstance(v, str) for v in estimates(p).values())
+    full = load_preset("h100", ["pool.size=59029", "select.size=59029", "sft.mean_length=3600"])
+    assert 0.5 < train_seconds(full) / 3600 * full.launch.devices / 394 < 2  # exercise 4 of chapter 00
 
 
 def test_parameters_are_those_of_a_real_model():

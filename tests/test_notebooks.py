@@ -11,7 +11,8 @@ from s1book.runner import chapter_title, code_cells, find_chapters, imported_mod
 
 CHAPTERS = find_chapters(Path("nbs"))
 NOTEBOOKS = sorted(Path("nbs").glob("*.ipynb"))
-MACHINERY = ["runner", "report", "cli"]
+FOUNDATION = ["files", "settings", "style"]  # below every chapter; config hands their names on
+MACHINERY = ["preflight", "runner", "report", "cli"]  # above every chapter
 MODULES = sorted(p for p in Path("s1book").glob("*.py") if not p.name.startswith("_"))
 ABSOLUTE = re.compile(r"(?<![\w:/.~-])/(?:home|root|tmp|usr|Users|work|var|opt|mnt|private|srv)/|[A-Z]:\\+Users")
 
@@ -128,7 +129,7 @@ def test_links_lead_somewhere(path):
 
 
 def test_modules_import_only_earlier_ones():
-    order = [module_of(c.path) for c in CHAPTERS] + MACHINERY
+    order = FOUNDATION + [module_of(c.path) for c in CHAPTERS] + MACHINERY
     for i, name in enumerate(order):
         text = (Path("s1book") / f"{name}.py").read_text()
         used = {m for m in imported_modules(text) if m != name}
@@ -136,6 +137,18 @@ def test_modules_import_only_earlier_ones():
         assert not unknown, f"{name} imports {unknown}, which no chapter makes"
         allowed = set(order[:i]) if name in MACHINERY else set(order[:i]) - set(MACHINERY)
         assert used <= allowed, f"{name} imports {used - allowed}, which come later"
+
+
+def test_foundations_have_one_door():
+    """Whatever lies below config is imported from config, so that there is one way to import it."""
+    for path in MODULES:
+        used = set(re.findall(r"^from (?:s1book)?\.(\w+) import", path.read_text(), re.M)) & set(FOUNDATION)
+        assert not used or path.stem in ["config", *FOUNDATION], f"{path.stem} imports {used}"
+    import s1book.config
+    for name in FOUNDATION:
+        public = __import__(f"s1book.{name}", fromlist=["__all__"]).__all__
+        ours = {n for n in public if hasattr(s1book.config, n)}
+        assert ours - {"damage", "read_settings"} <= set(s1book.config.__all__)
 
 
 def functions(path):

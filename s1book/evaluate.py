@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'CHAT_TOKENS', 'PLAIN_TOKENS', 'CONTROL', 'EvaluateError', 'check_rows', 'load_benchmarks', 'decoded',
-           'thought', 'think', 'speak', 'chat', 'plain_text', 'Pass', 'thinking_pass', 'control_pass', 'passes',
-           'verdict', 'make_record', 'shares', 'key_of', 'open_questions', 'sha256', 'inputs_of', 'read_records',
-           'collect', 'run_pass', 'in_order', 'versions', 'summary', 'measured_card', 'write_card', 'start_card',
-           'evaluate', 'say_progress']
+           'thought', 'think', 'thinking_pass', 'control_pass', 'speak', 'chat', 'plain_text', 'Pass', 'passes',
+           'verdict', 'make_record', 'shares', 'collect', 'key_of', 'open_questions', 'in_order', 'sha256', 'inputs_of',
+           'versions', 'start_card', 'read_records', 'run_pass', 'summary', 'measured_card', 'write_card', 'evaluate',
+           'say_progress']
 
 # %% ../nbs/14_evaluate.ipynb #53b831a4
 import hashlib
@@ -107,6 +107,20 @@ def think(
     return {setting.replace("wait", word): thought(tokenizer, force, len(prompt), result)
             for setting, result in found.items()}
 
+
+def thinking_pass(budget: Any, tokenizer: Any) -> Callable[[dict], Strategy]:
+    "Every maximum and every number of Waits."
+    force = make_force(tokenizer, budget)
+    return partial(think, tokenizer=tokenizer, force=force, maxima=budget.maxima,
+                   waits=tuple(sorted({0, *budget.waits})))
+
+
+def control_pass(budget: Any, tokenizer: Any) -> Callable[[dict], Strategy]:
+    "The same with a line break where 'Wait' would stand (compare Table 4 of the paper)."
+    force = make_force(tokenizer, budget)
+    return partial(think, tokenizer=tokenizer, force=replace(force, wait_ids=force.newline),
+                   maxima=(), waits=(CONTROL,), word="newline")
+
 # %% ../nbs/14_evaluate.ipynb #41f210e6
 def speak(
     setting: str,  # "base" or "base-plain"
@@ -143,20 +157,6 @@ class Pass:
     prepare: Callable[[Any], Callable[[dict], Strategy]]  # tokenizer -> row -> strategy
 
 
-def thinking_pass(budget: Any, tokenizer: Any) -> Callable[[dict], Strategy]:
-    "Every maximum and every number of Waits."
-    force = make_force(tokenizer, budget)
-    return partial(think, tokenizer=tokenizer, force=force, maxima=budget.maxima,
-                   waits=tuple(sorted({0, *budget.waits})))
-
-
-def control_pass(budget: Any, tokenizer: Any) -> Callable[[dict], Strategy]:
-    "The same with a line break where 'Wait' would stand (compare Table 4 of the paper)."
-    force = make_force(tokenizer, budget)
-    return partial(think, tokenizer=tokenizer, force=replace(force, wait_ids=force.newline),
-                   maxima=(), waits=(CONTROL,), word="newline")
-
-# %% ../nbs/14_evaluate.ipynb #e567d675
 def passes(
     preset: Preset,  # budget and pool count
 ) -> list[Pass]:  # in the order in which they run
@@ -210,64 +210,6 @@ def shares(
     tokens = {s: 1 + m["thinking_tokens"] + m["answer_tokens"] for s, m in measured.items()}
     return {setting: seconds * n / sum(tokens.values()) for setting, n in tokens.items()}
 
-# %% ../nbs/14_evaluate.ipynb #b81c33d7
-def key_of(record: dict) -> tuple[str, str, str]:
-    "Benchmark, id and setting: what makes a record unique."
-    return record["benchmark"], record["id"], record["setting"]
-
-
-def open_questions(
-    rows: list[dict],  # all questions
-    settings: tuple[str, ...],  # of one pass
-    done: set[tuple[str, str, str]],  # keys of the records that are there
-) -> list[dict]:  # questions of which a record is missing
-    "What a pass still has to ask."
-    return [row for row in rows
-            if any((row["benchmark"], row["id"], s) not in done for s in settings)]
-
-
-def sha256(
-    path: Path,  # a file, or a model's folder, whose weights and tokenizer then count
-) -> str:
-    "The fingerprint of a file, or of a model."
-    files = [path]
-    if path.is_dir():
-        files = sorted([*path.glob("*.safetensors"), *path.glob("tokenizer.json")])
-    total = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as handle:
-            total.update(hashlib.file_digest(handle, "sha256").digest())
-    return total.hexdigest()
-
-# %% ../nbs/14_evaluate.ipynb #37c028fb
-def inputs_of(
-    run: Run,  # whose evaluation
-) -> dict[str, str]:  # name -> fingerprint, or a model's name on the hub
-    "Everything that decides the records."
-    base = run.model("base")
-    found = {"sft": sha256(run.read("sft")),
-             "base": sha256(Path(base)) if Path(base).is_dir() else base}
-    for name in run.preset.evaluate.benchmarks:
-        found[f"benchmarks/{name}"] = sha256(run.read(f"benchmarks/{name}.jsonl"))
-    preset = run.preset.model_dump_json(include={"seed", "engine", "budget", "evaluate", "device"})
-    return found | {"preset": hashlib.sha256(preset.encode()).hexdigest()}
-
-# %% ../nbs/14_evaluate.ipynb #a78becde
-def read_records(
-    run: Run,  # whose records
-    inputs: dict[str, str],  # fingerprints of this run
-) -> list[dict]:  # those of an interrupted run, or none
-    "What is there already; refused when it was made from something else."
-    path, card = run.write("records.jsonl"), run.write("run_card.json")
-    if not path.exists():
-        return []
-    before = json.loads(card.read_text())["inputs"] if card.exists() else {}
-    if changed := [name for name in inputs if inputs[name] != before.get(name)]:
-        raise EvaluateError(f"records.jsonl: found records made with another {changed[0]}, wanted "
-                            "those of this run; delete it to evaluate again, or restore the "
-                            f"{changed[0]} that made it.")
-    return read_jsonl(path)
-
 
 def collect(
     engine: Engine,  # holds the model
@@ -287,6 +229,99 @@ def collect(
             keep(rows[i], setting, fields, seconds[setting])
 
     engine.run(strategies, on_result, on_progress)
+
+# %% ../nbs/14_evaluate.ipynb #b81c33d7
+def key_of(record: dict) -> tuple[str, str, str]:
+    "Benchmark, id and setting: what makes a record unique."
+    return record["benchmark"], record["id"], record["setting"]
+
+
+def open_questions(
+    rows: list[dict],  # all questions
+    settings: tuple[str, ...],  # of one pass
+    done: set[tuple[str, str, str]],  # keys of the records that are there
+) -> list[dict]:  # questions of which a record is missing
+    "What a pass still has to ask."
+    return [row for row in rows
+            if any((row["benchmark"], row["id"], s) not in done for s in settings)]
+
+
+def in_order(
+    records: Iterable[dict],  # in any order
+    rows: list[dict],  # the questions in theirs
+    settings: list[str],  # the settings in theirs
+) -> list[dict]:
+    "Records by question and setting; refused when one is missing or does not belong here."
+    found = {key_of(record): record for record in records}
+    wanted = [(row["benchmark"], row["id"], setting) for row in rows for setting in settings]
+    if wrong := set(wanted) ^ set(found):
+        raise EvaluateError(f"records.jsonl: found {len(set(found) - set(wanted))} records that do "
+                            f"not belong here and {len(set(wanted) - set(found))} missing, e.g. "
+                            f"{min(wrong)}, wanted one per question and setting; delete the file.")
+    return [found[key] for key in wanted]
+
+# %% ../nbs/14_evaluate.ipynb #37c028fb
+def sha256(
+    path: Path,  # a file, or a model's folder, whose weights and tokenizer then count
+) -> str:
+    "The fingerprint of a file, or of a model."
+    files = [path]
+    if path.is_dir():
+        files = sorted([*path.glob("*.safetensors"), *path.glob("tokenizer.json")])
+    total = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as handle:
+            total.update(hashlib.file_digest(handle, "sha256").digest())
+    return total.hexdigest()
+
+
+def inputs_of(
+    run: Run,  # whose evaluation
+) -> dict[str, str]:  # name -> fingerprint, or a model's name on the hub
+    "Everything that decides the records."
+    base = run.model("base")
+    found = {"sft": sha256(run.read("sft")),
+             "base": sha256(Path(base)) if Path(base).is_dir() else base}
+    for name in run.preset.evaluate.benchmarks:
+        found[f"benchmarks/{name}"] = sha256(run.read(f"benchmarks/{name}.jsonl"))
+    preset = run.preset.model_dump_json(include={"seed", "engine", "budget", "evaluate", "device"})
+    return found | {"preset": hashlib.sha256(preset.encode()).hexdigest()}
+
+
+def versions() -> dict[str, str]:
+    "Of everything that decides a token."
+    names = ("torch", "transformers", "s1book")
+    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+
+# %% ../nbs/14_evaluate.ipynb #a78becde
+def start_card(
+    run: Run,  # whose evaluation
+    inputs: dict[str, str],  # fingerprints
+) -> dict:
+    "The run card before anything is measured; what an interrupted run computed is kept."
+    path, preset = run.write("run_card.json"), run.preset
+    old = json.loads(path.read_text()) if path.exists() else {}
+    engines = old.get("engines", {}) if old.get("inputs") == inputs else {}
+    return {"inputs": inputs, "seed": preset.seed, "device": run.device,
+            "engine": {"kind": preset.engine.kind, "dtype": preset.engine.dtype,
+                       "slots": preset.engine.slots},
+            "versions": versions(), "engines": engines}
+
+
+def read_records(
+    run: Run,  # whose records
+    inputs: dict[str, str],  # fingerprints of this run
+) -> list[dict]:  # those of an interrupted run, or none
+    "What is there already; refused when it was made from something else."
+    path, card = run.write("records.jsonl"), run.write("run_card.json")
+    if not path.exists():
+        return []
+    before = json.loads(card.read_text())["inputs"] if card.exists() else {}
+    if changed := [name for name in inputs if inputs[name] != before.get(name)]:
+        raise EvaluateError(f"records.jsonl: found records made with another {changed[0]}, wanted "
+                            "those of this run; delete it to evaluate again, or restore the "
+                            f"{changed[0]} that made it.")
+    return read_jsonl(path)
 
 # %% ../nbs/14_evaluate.ipynb #c893f434
 def run_pass(
@@ -316,28 +351,7 @@ def run_pass(
     return {"questions": len(missing), "steps": stats.steps, "generated": stats.generated,
             "fed": stats.fed, "reused": stats.reused}
 
-# %% ../nbs/14_evaluate.ipynb #f06045d1
-def in_order(
-    records: Iterable[dict],  # in any order
-    rows: list[dict],  # the questions in theirs
-    settings: list[str],  # the settings in theirs
-) -> list[dict]:
-    "Records by question and setting; refused when one is missing or does not belong here."
-    found = {key_of(record): record for record in records}
-    wanted = [(row["benchmark"], row["id"], setting) for row in rows for setting in settings]
-    if wrong := set(wanted) ^ set(found):
-        raise EvaluateError(f"records.jsonl: found {len(set(found) - set(wanted))} records that do "
-                            f"not belong here and {len(set(wanted) - set(found))} missing, e.g. "
-                            f"{min(wrong)}, wanted one per question and setting; delete the file.")
-    return [found[key] for key in wanted]
-
 # %% ../nbs/14_evaluate.ipynb #f4bc310c
-def versions() -> dict[str, str]:
-    "Of everything that decides a token."
-    names = ("torch", "transformers", "s1book")
-    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
-
-
 def summary(
     records: list[dict],  # all of them
     key: str,  # "benchmark" or "setting"
@@ -360,7 +374,7 @@ def measured_card(records: list[dict]) -> dict:
         "no_answer": summary(records, "setting", lambda r: r["extracted"] is None),
     }
 
-# %% ../nbs/14_evaluate.ipynb #d1b9381d
+
 def write_card(
     run: Run,  # whose card
     card: dict,  # its content
@@ -368,20 +382,6 @@ def write_card(
     "Write run_card.json, whole or not at all."
     with atomic(run.write("run_card.json")) as aside:
         aside.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-
-
-def start_card(
-    run: Run,  # whose evaluation
-    inputs: dict[str, str],  # fingerprints
-) -> dict:
-    "The run card before anything is measured; what an interrupted run computed is kept."
-    path, preset = run.write("run_card.json"), run.preset
-    old = json.loads(path.read_text()) if path.exists() else {}
-    engines = old.get("engines", {}) if old.get("inputs") == inputs else {}
-    return {"inputs": inputs, "seed": preset.seed, "device": run.device,
-            "engine": {"kind": preset.engine.kind, "dtype": preset.engine.dtype,
-                       "slots": preset.engine.slots},
-            "versions": versions(), "engines": engines}
 
 # %% ../nbs/14_evaluate.ipynb #e522728f
 def evaluate(

@@ -194,20 +194,23 @@ def report(preset: PresetOption = "tiny", overrides: SetOption = [],
 @app.command(hidden=True)
 def outputs(preset: PresetOption = "tiny", overrides: SetOption = [],
             folder: FolderOption = None) -> None:
-    "For authors: copy the outputs of a finished run into the notebooks in nbs/."
-    from s1book.runner import adopt_outputs
+    "For authors: copy the outputs of a finished run into nbs/, and write the badges."
+    from s1book.runner import adopt_outputs, refresh_badges
 
     for name in adopt_outputs(_open(preset, overrides, folder)):
         typer.echo(f"outputs of {name}")
+    for name in refresh_badges():
+        typer.echo(f"badge of {name}")
 
 
 @app.command(hidden=True)
 def collect(seeds: int = typer.Option(3, help="how many seeds were run")) -> None:
     "For authors: keep what `make reference` made, in data/reference and data/tiny."
-    from s1book.runner import collect
+    from s1book.runner import collect, refresh_badges
 
     root = project_root()
     collect([root / "runs/reference" / f"seed{seed}" for seed in range(seeds)], root / "data")
+    refresh_badges()
 
 # %% ../nbs/cli.ipynb #8dfc6d81
 @app.command(hidden=True)

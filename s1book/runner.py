@@ -6,9 +6,10 @@
 __all__ = ['QUIET', 'KEPT_ONCE', 'KEPT_PER_SEED', 'Chapter', 'find_chapters', 'find_chapter', 'digest', 'digest_path',
            'read_notebook', 'code_cells', 'imported_modules', 'package_digest', 'Stamp', 'load_stamp', 'save_stamp',
            'inputs', 'altered', 'why_run', 'notebook_out', 'to_set_aside', 'set_aside', 'kernel_environment',
-           'environment', 'ChapterFailed', 'execute', 'clock', 'expected_seconds', 'locked', 'run_chapter',
-           'upstream_of', 'run_course', 'clean_output', 'with_outputs', 'write_notebook', 'adopt_outputs',
-           'chapter_title', 'readme', 'refresh_index', 'keep', 'base_spread', 'ship_weights', 'collect']
+           'environment', 'ChapterFailed', 'execute', 'clock', 'expected_seconds', 'locked', 'peak_memory',
+           'run_chapter', 'upstream_of', 'run_course', 'clean_output', 'with_outputs', 'write_notebook',
+           'adopt_outputs', 'recorded_timings', 'badge', 'with_badge', 'refresh_badges', 'chapter_title', 'readme',
+           'refresh_index', 'keep', 'base_spread', 'ship_weights', 'collect']
 
 # %% ../nbs/runner.ipynb #47d06755
 import contextlib
@@ -21,6 +22,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -28,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from s1book.config import (
-    Run, S1Error, atomic, disk_errors, preset_file, project_root, read_jsonl, show_path,
+    Run, S1Error, atomic, disk_errors, preset_file, preset_names, project_root, read_jsonl,
+    show_path,
 )
 
 # %% ../nbs/runner.ipynb #96e0c2c7
@@ -155,6 +158,7 @@ class Stamp:
     reads: dict[str, str] = field(default_factory=dict)  # artefacts it read -> hash
     writes: dict[str, str] = field(default_factory=dict)  # artefacts it wrote -> hash
     seconds: float = 0.0  # how long it took
+    gigabytes: float | None = None  # the most memory seen; None: nobody looked
 
 
 def _state(
@@ -391,8 +395,8 @@ def expected_seconds(
     "How long each chapter took last time, here or on the reference machine."
     known = {}
     for file in (project_root() / "data" / "reference" / "timings.json", run.dir / "timings.json"):
-        with contextlib.suppress(OSError, ValueError):  # a lost estimate is no reason to stop
-            known |= json.loads(file.read_text())
+        with contextlib.suppress(Exception):  # a lost estimate is no reason to stop
+            known |= {n: row["seconds"] for n, row in json.loads(file.read_text()).items()}
     return known
 
 # %% ../nbs/runner.ipynb #29b0a15e
@@ -413,6 +417,32 @@ def locked(
             raise S1Error(f"{show_path(run.dir)} is in use by another s1book run; "
                           "wait for it to end.") from None
         yield
+
+# %% ../nbs/runner.ipynb #5e1ec7ed
+@contextlib.contextmanager
+def peak_memory(
+    pause: float = 0.2,  # seconds between two looks
+) -> Iterator[list[float]]:  # one number: the largest sum so far, GB
+    "Watch how much memory all child processes together hold: a kernel and what it starts."
+    import psutil
+
+    peak, stop = [0.0], threading.Event()
+
+    def look() -> None:
+        while not stop.wait(pause):
+            total = 0
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    total += child.memory_info().rss
+            peak[0] = max(peak[0], total / 1e9)
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        watcher.join()
 
 # %% ../nbs/runner.ipynb #ca6e864b
 def _check_parameters(
@@ -446,16 +476,18 @@ def _finish(
     chapter: Chapter,  # which chapter
     now: Stamp,  # its inputs when it started
     seconds: float,  # how long it took
+    gigabytes: float,  # the most memory that it held
 ) -> None:
     "Hash what the chapter read and wrote, and write its stamp."
     writes = {n: digest_path(run.dir / n) for n in _traced(run, chapter, "write")}
     reads = {n: _read_digest(run, n) for n in _traced(run, chapter, "read") if n not in writes}
     stamp = Stamp(now.notebook, now.preset, now.package, now.upstream, reads, writes,
-                  round(seconds, 1))
+                  round(seconds, 1), round(gigabytes, 2))
     save_stamp(run, chapter, stamp)
     _state(run, chapter, "started.json").unlink(missing_ok=True)
     with disk_errors(run.dir), atomic(run.dir / "timings.json") as aside:
-        known = {c.name: s.seconds for c in find_chapters() if (s := load_stamp(run, c))}
+        known = {c.name: {"seconds": s.seconds, "gigabytes": s.gigabytes}
+                 for c in find_chapters() if (s := load_stamp(run, c))}
         aside.write_text(json.dumps(known, indent=1) + "\n")
 
 # %% ../nbs/runner.ipynb #6c15a48c
@@ -477,9 +509,11 @@ def run_chapter(
     announce(why)
     begin = time.monotonic()
     _begin(run, chapter, now, stale, resume=why == "unfinished" and not stale)
-    execute(run, chapter, *command)
-    _finish(run, chapter, now, time.monotonic() - begin)
-    return time.monotonic() - begin
+    with peak_memory() as peak:
+        execute(run, chapter, *command)
+    seconds = time.monotonic() - begin
+    _finish(run, chapter, now, seconds, peak[0])
+    return seconds
 
 # %% ../nbs/runner.ipynb #22c71115
 def upstream_of(
@@ -605,18 +639,19 @@ def with_outputs(
     executed: dict,  # papermill's copy of it
     name: str,  # for error messages
 ) -> dict:  # the source with the outputs of the copy
-    "Copy outputs cell by cell; refuse when the two notebooks are not the same."
-    done = [c for c in executed["cells"]
-            if "injected-parameters" not in c["metadata"].get("tags", [])]
-    if ["".join(c["source"]) for c in done] != ["".join(c["source"]) for c in source["cells"]]:
+    "Copy outputs cell by cell; refuse when the code is not the same. Prose may have changed."
+    done = [c for c in executed["cells"] if c["cell_type"] == "code"
+            and "injected-parameters" not in c["metadata"].get("tags", [])]
+    if ["".join(c["source"]) for c in done] != [code for code, _ in code_cells(source)]:
         raise S1Error(f"{name}: the executed notebook is not this notebook, wanted a fresh run: "
                       "s1book run")
-    cells = []
-    for i, (cell, copy) in enumerate(zip(source["cells"], done), 1):
-        merged = _merge_streams(copy.get("outputs", []))
-        clean = [o for o in (clean_output(o, f"{name}, cell {i}") for o in merged) if o]
-        code = cell["cell_type"] == "code"
-        cells.append(cell | {"outputs": _split_lines(clean)} if code else cell)
+    cells, copies = [], iter(done)
+    for i, cell in enumerate(source["cells"], 1):
+        if cell["cell_type"] == "code":
+            merged = _merge_streams(next(copies).get("outputs", []))
+            clean = [o for o in (clean_output(o, f"{name}, cell {i}") for o in merged) if o]
+            cell = cell | {"outputs": _split_lines(clean)}
+        cells.append(cell)
     kept = {k: v for k, v in source["metadata"].items() if k == "kernelspec"}
     return source | {"cells": cells, "metadata": kept}
 
@@ -661,6 +696,65 @@ def adopt_outputs(
     for path, notebook in ready.items():
         write_notebook(path, notebook)
     return [path.stem for path in ready]
+
+# %% ../nbs/runner.ipynb #bad9e002
+def recorded_timings() -> dict[str, dict]:  # preset -> chapter -> seconds and gigabytes
+    "What the recorded runs took; a preset that nobody has run yet has no chapters."
+    reference, found = project_root() / "data" / "reference", {}
+    for name in sorted(preset_names(), key=lambda name: name != "tiny"):
+        file = (reference if name == "tiny" else reference / name) / "timings.json"
+        found[name] = json.loads(file.read_text()) if file.is_file() else {}
+    return found
+
+
+def badge(
+    chapter: str,  # "05_grade"
+    timings: dict[str, dict],  # preset -> chapter -> seconds and gigabytes
+) -> str:  # one line of Markdown
+    "Time and memory of a chapter, for each preset."
+    parts = []
+    for preset, chapters in timings.items():
+        row = chapters.get(chapter)
+        if row is None:
+            parts.append(f"`{preset}`: no run yet.")
+            continue
+        seconds, size = row["seconds"], row["gigabytes"]
+        took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+        held = f"{size:.1f} GB of memory" if size else "memory not measured"
+        parts.append(f"`{preset}`: {took}, {held}.")
+    return " ".join(["**Recorded.**", *parts])
+
+# %% ../nbs/runner.ipynb #bad9e003
+_BADGE = re.compile(r"^\*\*Recorded\.\*\* .*\n*", re.M)
+
+
+def with_badge(
+    notebook: dict,  # a chapter
+    line: str,  # its badge
+) -> dict:  # the chapter with this badge below its promise, and no other
+    "Write the badge; a notebook without a promise stays as it is."
+    cells = list(notebook["cells"])
+    for i, cell in enumerate(cells):
+        text = _BADGE.sub("", "".join(cell["source"])).rstrip()
+        promise = re.search(r"^> .+(?:\n> .+)*", text, re.M)
+        if cell["cell_type"] == "markdown" and text.startswith("# ") and promise:
+            end = promise.end()
+            text = f"{text[:end]}\n\n{line}{text[end:]}"
+            cells[i] = cell | {"source": text.splitlines(keepends=True)}
+            break
+    return notebook | {"cells": cells}
+
+
+def refresh_badges() -> list[str]:  # names of the chapters whose badge has changed
+    "Write every chapter's badge from the recorded timings."
+    timings, changed = recorded_timings(), []
+    for chapter in find_chapters():
+        old = read_notebook(chapter.path)
+        new = with_badge(old, badge(chapter.name, timings))
+        if new != old:
+            write_notebook(chapter.path, new)
+            changed.append(chapter.name)
+    return changed
 
 # %% ../nbs/runner.ipynb #596e432d
 def chapter_title(

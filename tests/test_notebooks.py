@@ -4,10 +4,13 @@ import ast
 import json
 import re
 from pathlib import Path
+from statistics import median
 
 import pytest
 
-from s1book.runner import chapter_title, code_cells, find_chapters, imported_modules, read_notebook
+from s1book.runner import (
+    badge, chapter_title, code_cells, find_chapters, imported_modules, read_notebook, recorded_timings, with_badge,
+)
 
 CHAPTERS = find_chapters(Path("nbs"))
 NOTEBOOKS = sorted(Path("nbs").glob("*.ipynb"))
@@ -61,12 +64,29 @@ def test_title_promise_and_module(path):
     assert module_of(path) and (Path("s1book") / f"{module_of(path)}.py").exists()
 
 
+# What a chapter does not yet keep of the form below. Whoever mends one takes its name out.
+EXCEPTIONS = {"01_tiny_world": {"number of code cells", "median code cell", "words"}}
+
+
 @each_chapter
-def test_there_is_prose(path):
-    cells = read_notebook(path)["cells"]
-    prose = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+def test_the_form_of_a_chapter(path):
+    """The design's section 6: 20 to 40 code cells, half of them of at most 6 lines, 1,500 to 2,800 words."""
+    notebook = read_notebook(path)
+    lines = [len(source.splitlines()) for source, _ in code_cells(notebook)]
+    prose = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown")
     words = len(re.sub(r"```.*?```", "", prose, flags=re.S).split())
-    assert words >= 1000, f"{words} words"
+    found = {"number of code cells": (len(lines), 20 <= len(lines) <= 40),
+             "median code cell": (median(lines), median(lines) <= 6),
+             "longest code cell": (max(lines), max(lines) <= 35),
+             "words": (words, 1500 <= words <= 2800)}
+    broken = {what: value for what, (value, fine) in found.items() if not fine}
+    assert set(broken) == EXCEPTIONS.get(path.stem, set()), broken
+
+
+@each_chapter
+def test_the_badge_is_what_was_recorded(path):
+    notebook, line = read_notebook(path), badge(path.stem, recorded_timings())
+    assert with_badge(notebook, line) == notebook, f"run: s1book outputs; wanted {line}"
 
 
 @each_chapter

@@ -14,9 +14,9 @@ import pytest
 
 from s1book.config import Run, S1Error, read_jsonl
 from s1book.runner import (
-    Chapter, ChapterFailed, Stamp, adopt_outputs, clean_output, digest, digest_path, find_chapter,
-    find_chapters, imported_modules, inputs, load_stamp, locked, package_digest, readme, run_course,
-    with_outputs,
+    Chapter, ChapterFailed, Stamp, adopt_outputs, badge, clean_output, digest, digest_path,
+    expected_seconds, find_chapter, find_chapters, imported_modules, inputs, load_stamp, locked,
+    package_digest, read_notebook, readme, refresh_badges, run_course, with_badge, with_outputs,
 )
 from small_course import write_chapter
 
@@ -351,6 +351,51 @@ def test_outputs_of_an_old_run_are_refused(course):
     cell = dict(cell_type="code", source=["1"], metadata={})
     with pytest.raises(S1Error, match="is not this notebook"):
         with_outputs({"cells": [cell], "metadata": {}}, {"cells": []}, "x")
+
+
+def test_outputs_are_adopted_after_prose_has_changed(course):
+    course()
+    path = write_chapter(course.root, "01_second", SECOND, prose="# Better title\n\n> Better promise.")
+    adopt_outputs(Run.open("tiny"))
+    text = path.read_text()
+    assert "Better promise" in text and json.loads(text)["cells"][-1]["outputs"]
+
+
+def test_memory_is_that_of_the_chapter_and_of_no_earlier_one(course):
+    write_chapter(course.root, "00_first", 'import time\nblock = b"x" * 400_000_000\ntime.sleep(1)')
+    write_chapter(course.root, "01_second", "import time\ntime.sleep(1)")
+    course()
+    timings = json.loads((course.dir / "timings.json").read_text())
+    big, small = (timings[name]["gigabytes"] for name in ("00_first", "01_second"))
+    assert 0.4 < big < 2 and 0.02 < small < big - 0.3
+    assert expected_seconds(Run.open("tiny"))["00_first"] == timings["00_first"]["seconds"]
+
+
+def test_badges_follow_the_recorded_run(course):
+    assert refresh_badges() == ["00_first", "01_second"]
+    path = course.root / "nbs" / "00_first.ipynb"
+    first = "".join(read_notebook(path)["cells"][0]["source"])
+    assert first == "# Title\n\n> Promise.\n\n**Recorded.** `tiny`: no run yet. `h100`: no run yet."
+    recorded = course.root / "data" / "reference"
+    (recorded / "h100").mkdir(parents=True)
+    (recorded / "timings.json").write_text('{"00_first": {"seconds": 18.8, "gigabytes": null}}')
+    (recorded / "h100" / "timings.json").write_text('{"00_first": {"seconds": 600, "gigabytes": 61.25}}')
+    assert refresh_badges() == ["00_first"] and refresh_badges() == []
+    assert "".join(read_notebook(path)["cells"][0]["source"]).endswith(
+        "**Recorded.** `tiny`: 19 s, memory not measured. `h100`: 10.0 min, 61.2 GB of memory.")
+
+
+def test_a_badge_replaces_the_old_one_and_nothing_else():
+    prose = "# Title\n\n> A promise\n> of two lines.\n\nText.\n\n> **Box.** Stays."
+    code = dict(cell_type="code", source=["# Recorded."], metadata={})
+    notebook = {"cells": [code, dict(cell_type="markdown", source=prose.splitlines(keepends=True), metadata={})]}
+    line = badge("x", {"tiny": {"x": {"seconds": 119, "gigabytes": 0.5}}})
+    once = with_badge(notebook, line)
+    text = "".join(once["cells"][1]["source"])
+    assert text == prose.replace("lines.", f"lines.\n\n{line}") and once["cells"][0] == code
+    assert with_badge(once, line) == once
+    assert "".join(with_badge(once, "**Recorded.** new")["cells"][1]["source"]).count("Recorded") == 1
+    assert with_badge({"cells": [code]}, line) == {"cells": [code]}
 
 
 def test_the_readme_keeps_outputs_and_drops_hidden_code(tmp_path):

@@ -97,6 +97,10 @@ class Decontaminate(Section):
 class Select(Section):
     "Chapter 07: from the hard pool to exactly `size` questions."
     size: int = Field(gt=0, description="questions in the final set")
+    quality: Literal["s1", "clean"] = Field(
+        description="'s1': the reference's patterns to the letter; 'clean': better ones")
+    algorithm: Literal["s1book", "paper", "code"] = Field(
+        description="'s1book': repeatable; 'paper': Algorithm 1; 'code': filter.ipynb")
     uniform_until: int = Field(
         ge=0, description="size up to which domains are drawn uniformly, afterwards by benchmark")
     min_math_tokens: int = Field(
@@ -518,7 +522,7 @@ def item_seed(
 MAKERS = {  # artefact -> the chapter that writes it
     "base": "01", "small": "01", "base_log.csv": "01", "base_skill.csv": "01", "benchmarks": "01",
     "pool.parquet": "02", "decontaminated.parquet": "03", "leaks.jsonl": "03", "traces.jsonl": "04",
-    "grades.jsonl": "05", "features.parquet": "06", "s1k.parquet": "07", "funnel.csv": "07",
+    "grades.jsonl": "05", "features.parquet": "06", "s1k": "07", "funnel.csv": "07",
     "sft_tokens.parquet": "08", "sft": "09", "sft_log.csv": "09", "example_traces.jsonl": "11",
     "records.jsonl": "14", "run_card.json": "14", "accuracy.csv": "15", "scaling.csv": "16",
     "curve.png": "16", "curve.svg": "16",

@@ -11,7 +11,7 @@ from s1book.runner import chapter_title, code_cells, find_chapters, imported_mod
 
 CHAPTERS = find_chapters(Path("nbs"))
 NOTEBOOKS = sorted(Path("nbs").glob("*.ipynb"))
-MACHINERY = ["runner", "report", "cli"]
+MACHINERY = ["card", "runner", "report", "cli"]
 MODULES = sorted(p for p in Path("s1book").glob("*.py") if not p.name.startswith("_"))
 ABSOLUTE = re.compile(r"(?<![\w:/.~-])/(?:home|root|tmp|usr|Users|work|var|opt|mnt|private|srv)/|[A-Z]:\\+Users")
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['S1K_SCHEMA', 'DATA_FILE', 'CARD_FILE', 'COLUMN_NOTES', 'LICENCES', 'UNKNOWN_LICENCE', 'CARD_ROWS', 'CARD_ORIGIN',
            'licence_of', 'source_table', 'file_hash', 'CardFacts', 'card_metadata', 'shown_preset', 'known_limits',
-           'dataset_card', 'save_dataset', 'push_dataset']
+           'dataset_card', 'save_dataset', 'check_saved', 'push_dataset']
 
 # %% ../nbs/card.ipynb #ca4e0004
 import hashlib
@@ -231,15 +231,16 @@ def dataset_card(
     hows = {name: Counter(row["how"] for row in members)
             for name, members in by_domain(rows).items()}
     chosen_by = facts.preset.select
-    return str(DatasetCard.from_template(
+    card = DatasetCard.from_template(
         DatasetCardData(**card_metadata(rows, title)), template_str=CARD_ROWS + CARD_ORIGIN,
         title=title, size=len(rows), algorithm=chosen_by.algorithm, quality=chosen_by.quality,
         seed=facts.preset.seed, domains=hows, hows=sorted(set().union(*hows.values())),
         totals=sum(hows.values(), Counter()), steps=facts.steps, columns=COLUMN_NOTES,
         inputs=facts.inputs, name=facts.name, preset=shown_preset(facts.preset),
-        sources=source_table(rows), limits=known_limits(rows, facts.preset)))
+        sources=source_table(rows), limits=known_limits(rows, facts.preset))
+    return str(card).rstrip() + "\n"
 
-
+# %% ../nbs/card.ipynb #ca4d0013
 def save_dataset(
     rows: list[dict],  # the selected set
     folder: Path,  # replaced as a whole if it exists
@@ -254,6 +255,15 @@ def save_dataset(
     return folder
 
 # %% ../nbs/card.ipynb #ca4d0011
+def check_saved(
+    folder: Path,  # about to be published
+) -> None:
+    "Refuse a folder that lacks the rows or the card."
+    for name in (CARD_FILE, DATA_FILE):
+        if not (folder / name).is_file():
+            raise S1Error(f"{folder.name}: found no {name}, wanted a folder made by save_dataset")
+
+
 def push_dataset(
     folder: Path,  # written by save_dataset
     repo: str,  # "owner/name" on the hub; made if it does not exist
@@ -263,10 +273,7 @@ def push_dataset(
     "Upload a saved dataset to the hub, card and rows in one commit; nothing local is changed."
     from huggingface_hub import HfApi, get_token
 
-    folder = Path(folder)
-    for name in (CARD_FILE, DATA_FILE):
-        if not (folder / name).is_file():
-            raise S1Error(f"{folder.name}: found no {name}, wanted a folder made by save_dataset")
+    check_saved(folder := Path(folder))
     token = get_token() if token is None else token
     if not token:
         raise S1Error(f"{repo}: found no token, wanted one that may write; run `hf auth login` "

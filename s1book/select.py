@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'PART', 'BOLD', 'WHOLE', 'S1_QUALITY', 'DRAWING', 'PICTURE', 'ITEM', 'DAMAGE', 'CLEAN_QUALITY', 'QUALITY',
-           'DIFFICULTY', 'PICK', 'DRAWN', 'BY_BENCHMARK', 'ABLATIONS', 'candidates', 'Rule', 'Step', 'apply_rules',
-           'funnel_rows', 'has_trace', 'has_features', 'exempt', 'without', 'several_problems', 'funnel_rules',
-           'Trusted', 'trusted_sources', 'direct_picks', 'rank_at', 'slow_rank_at', 'longest_first', 'by_domain',
-           'draw', 'draw_like_s1', 'benchmark_family', 'benchmark_weights', 'check_pool', 'select', 'ablation_set']
+           'DIFFICULTY', 'PICK', 'WHOLE_POOL', 'DRAWN', 'BY_BENCHMARK', 'ALGORITHMS', 'ABLATIONS', 'candidates',
+           'has_trace', 'has_features', 'Rule', 'Step', 'apply_rules', 'exempt', 'without', 'several_problems',
+           'funnel_rules', 'funnel_rows', 'Trusted', 'trusted_sources', 'direct_picks', 'rank_at', 'slow_rank_at',
+           'longest_first', 'by_domain', 'draw', 'draw_like_s1', 'benchmark_family', 'benchmark_weights', 'check_pool',
+           'select', 'ablation_set']
 
 # %% ../nbs/07_select.ipynb #5b6f20ac
 import math
@@ -43,6 +44,20 @@ def candidates(
         joined.append({**row, **kept, **{name: feature.get(name) for name in FEATURES}})
     return joined
 
+
+def has_trace(
+    row: dict,  # a candidate
+) -> bool:
+    "Whether the teacher answered: no error, and neither trace nor attempt is blank."
+    return not row["error"] and all((row[name] or "").strip() for name in ("trace", "attempt"))
+
+
+def has_features(
+    row: dict,  # a candidate
+) -> bool:
+    "Whether no feature is missing (the reference's first rule; the paper calls it API errors)."
+    return all(row[name] is not None for name in FEATURES)
+
 # %% ../nbs/07_select.ipynb #918633ec
 @dataclass(frozen=True)
 class Rule:
@@ -77,32 +92,6 @@ def apply_rules(
         steps.append(Step(rule.stage, rule.name, len(rows), len(kept), names))
         rows = kept
     return rows, steps
-
-# %% ../nbs/07_select.ipynb #f0117ab1
-def funnel_rows(
-    steps: Iterable[Step],  # the account
-    rows: Iterable[dict],  # candidates, for the texts of what was dropped
-) -> list[dict]:  # one line per step, as in funnel.csv
-    "The account as a table: who was dropped by name, and the first of them in words."
-    text_of = {row["question_hash"]: row["question"] for row in rows}
-    return [{"stage": step.stage, "rule": step.rule, "rows_in": step.rows_in,
-             "rows_out": step.rows_out, "dropped": " ".join(step.dropped),
-             "example": textwrap.shorten(text_of[step.dropped[0]], 60) if step.dropped else ""}
-            for step in steps]
-
-# %% ../nbs/07_select.ipynb #3cf9e0f0
-def has_trace(
-    row: dict,  # a candidate
-) -> bool:
-    "Whether the teacher answered: no error, and neither trace nor attempt is blank."
-    return not row["error"] and all((row[name] or "").strip() for name in ("trace", "attempt"))
-
-
-def has_features(
-    row: dict,  # a candidate
-) -> bool:
-    "Whether no feature is missing (the reference's first rule; the paper calls it API errors)."
-    return all(row[name] is not None for name in FEATURES)
 
 # %% ../nbs/07_select.ipynb #d96e35c6
 PART = re.compile(r"p[1-9][0-9]{0,2}\.")  # p1. to p999., anywhere: "step2." has one
@@ -177,6 +166,18 @@ def funnel_rules(
         raise S1Error(f"select.quality: found {quality!r}, wanted one of {', '.join(QUALITY)}")
     return QUALITY[quality] + DIFFICULTY
 
+
+def funnel_rows(
+    steps: Iterable[Step],  # the account
+    rows: Iterable[dict],  # candidates, for the texts of what was dropped
+) -> list[dict]:  # one line per step, as in funnel.csv
+    "The account as a table: who was dropped by name, and the first of them in words."
+    text_of = {row["question_hash"]: row["question"] for row in rows}
+    return [{"stage": step.stage, "rule": step.rule, "rows_in": step.rows_in,
+             "rows_out": step.rows_out, "dropped": " ".join(step.dropped),
+             "example": textwrap.shorten(text_of[step.dropped[0]], 60) if step.dropped else ""}
+            for step in steps]
+
 # %% ../nbs/07_select.ipynb #ba693fd8
 @dataclass(frozen=True)
 class Trusted:
@@ -221,7 +222,7 @@ def slow_rank_at(
     weights = 2.0 ** -np.arange(m)
     return int(np.searchsorted(np.cumsum(weights / weights.sum()), u, side="right"))
 
-# %% ../nbs/07_select.ipynb #c40de9a9
+
 def longest_first(
     rows: Iterable[dict],  # candidates of one domain
     seed: int,  # seed of the run
@@ -241,7 +242,8 @@ def by_domain(
     return dict(sorted(groups.items()))
 
 
-PICK, DRAWN, BY_BENCHMARK = "direct pick", "drawn from its domain", "drawn by benchmark weight"
+PICK, WHOLE_POOL = "direct pick", "the whole pool"
+DRAWN, BY_BENCHMARK = "drawn from its domain", "drawn by benchmark weight"
 
 
 def draw(
@@ -333,6 +335,9 @@ def check_pool(
                       "or a larger select.min_math_tokens where there are too many picks")
 
 # %% ../nbs/07_select.ipynb #5e1ec7a0
+ALGORITHMS = ("s1book", "paper", "code")  # preset value select.algorithm
+
+
 def select(
     rows: list[dict],  # the hard pool
     picks: list[str],  # direct picks, by question hash
@@ -342,16 +347,18 @@ def select(
     uniform_until: int = 700,  # "code" only: uniform domains up to this size
 ) -> list[dict]:  # exactly size rows, by question hash, each with how it got in
     "Select exactly `size` rows, or say why that is impossible."
+    if algorithm not in ALGORITHMS:
+        raise S1Error(f"algorithm {algorithm!r} is unknown; wanted one of {', '.join(ALGORITHMS)}")
     check_pool(rows, picks, size)
-    if algorithm == "s1book":
+    if len(rows) == size:  # nothing to draw: a set selected before, for example
+        chosen = {row["question_hash"]: WHOLE_POOL for row in rows} | dict.fromkeys(picks, PICK)
+    elif algorithm == "s1book":
         chosen = draw(rows, picks, size, seed)
     elif algorithm == "paper":
         chosen = draw_like_s1(rows, picks, size, seed, size, {})
-    elif algorithm == "code":
+    else:
         late = benchmark_weights(rows)
         chosen = draw_like_s1(rows, picks, size, seed, uniform_until, late)
-    else:
-        raise S1Error(f"algorithm {algorithm!r} is unknown; wanted s1book, paper or code")
     row_of = {row["question_hash"]: row for row in rows}
     return [{**row_of[name], "how": chosen[name]} for name in sorted(chosen)]
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FEATURES', 'PART', 'BOLD', 'WHOLE', 'S1_QUALITY', 'DRAWING', 'PICTURE', 'ITEM', 'DAMAGE', 'CLEAN_QUALITY', 'QUALITY',
            'DIFFICULTY', 'PICK', 'WHOLE_POOL', 'DRAWN', 'BY_BENCHMARK', 'ALGORITHMS', 'ABLATIONS', 'candidates',
-           'has_trace', 'has_features', 'Rule', 'Step', 'apply_rules', 'exempt', 'without', 'several_problems',
-           'funnel_rules', 'funnel_rows', 'Trusted', 'trusted_sources', 'direct_picks', 'rank_at', 'slow_rank_at',
-           'longest_first', 'by_domain', 'draw', 'draw_like_s1', 'benchmark_family', 'benchmark_weights', 'check_pool',
-           'select', 'ablation_set']
+           'has_trace', 'has_features', 'Rule', 'Step', 'apply_rules', 'exempt', 'without', 'speaks_of_picture',
+           'several_problems', 'funnel_rules', 'funnel_rows', 'Trusted', 'trusted_sources', 'direct_picks', 'rank_at',
+           'slow_rank_at', 'longest_first', 'by_domain', 'draw', 'draw_like_s1', 'benchmark_family',
+           'benchmark_weights', 'check_pool', 'select', 'ablation_set']
 
 # %% ../nbs/07_select.ipynb #5b6f20ac
 import math
@@ -135,6 +135,15 @@ ITEM = re.compile(r"(?:(?<![\w.\\])p|^\W*(?:problem|question)\s+)([1-9]\d{0,2})[
 DAMAGE = re.compile("[\ufffd\x00-\x08\x0b\x0c\x0e-\x1f]|https?://")
 
 
+def speaks_of_picture(
+    text: str,  # a question
+) -> bool:
+    "Whether a question points at a picture; the cheap look first, as few questions name one."
+    lower = text.lower()
+    named = any(noun in lower for noun in ("figure", "diagram", "picture", "sketch"))
+    return named and bool(PICTURE.search(text))
+
+
 def several_problems(
     text: str,  # a question
 ) -> bool:
@@ -145,7 +154,7 @@ def several_problems(
 CLEAN_QUALITY = (
     *WHOLE,
     without("no drawing in any notation", DRAWING.search),
-    without("no words about a picture", PICTURE.search),
+    without("no words about a picture", speaks_of_picture),
     without("one problem, not several", several_problems),
     without("no damaged text, no link", DAMAGE.search),
 )

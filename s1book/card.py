@@ -47,11 +47,11 @@ COLUMN_NOTES = {
 }
 
 # %% ../nbs/card.ipynb #ca4d0012
-LICENCES = {  # start of source_type -> identifier and note; looked up on the sources' own pages
+LICENCES = {  # start of source_type -> identifier and note; only what was looked up
     "tiny/": ("apache-2.0", "Apache-2.0; procedural, made by this project"),
     "Idavidrein/gpqa": ("cc-by-4.0", "CC BY 4.0; its authors ask not to show its questions"),
     "KbsdJames/Omni-MATH": ("apache-2.0", "Apache-2.0"),
-    "TIGER-Lab/TheoremQA": ("mit", "MIT"),
+    "TIGER-Lab/TheoremQA": ("mit", "MIT, as the card of TIGER-Lab/MathInstruct lists it"),
     "AI-MO/NuminaMath-CoT": ("other", "changed more than once; read its page at the version used"),
 }
 UNKNOWN_LICENCE = ("other", "not checked by this project; read the source's page first")

@@ -166,7 +166,7 @@ def load_preset(
 MAKERS = {  # artefact -> the chapter that writes it
     "base": "01", "small": "01", "base_log.csv": "01", "base_skill.csv": "01", "benchmarks": "01",
     "pool.parquet": "02", "decontaminated.parquet": "03", "leaks.jsonl": "03", "traces.jsonl": "04",
-    "grades.jsonl": "05", "features.parquet": "06", "s1k.parquet": "07", "funnel.csv": "07",
+    "grades.jsonl": "05", "features.parquet": "06", "s1k": "07", "funnel.csv": "07",
     "sft_tokens.parquet": "08", "sft": "09", "sft_log.csv": "09", "example_traces.jsonl": "11",
     "records.jsonl": "14", "run_card.json": "14", "accuracy.csv": "15", "scaling.csv": "16",
     "curve.png": "16", "curve.svg": "16",

@@ -807,7 +807,7 @@ def refresh_index(
 # %% ../nbs/runner.ipynb #71593839
 KEPT_ONCE = """
 base_log.csv base_skill.csv benchmarks pool.parquet decontaminated.parquet leaks.jsonl traces.jsonl
-grades.jsonl features.parquet s1k.parquet funnel.csv sft_tokens.parquet sft sft_log.csv
+grades.jsonl features.parquet s1k funnel.csv sft_tokens.parquet sft sft_log.csv
 example_traces.jsonl run_card.json accuracy.csv scaling.csv curve.png curve.svg timings.json
 """.split()
 KEPT_PER_SEED = """

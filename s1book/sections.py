@@ -62,6 +62,10 @@ class Decontaminate(Section):
 class Select(Section):
     "Chapter 07: from the hard pool to exactly `size` questions."
     size: int = Field(gt=0, description="questions in the final set")
+    quality: Literal["s1", "clean"] = Field(
+        description="'s1': the reference's patterns to the letter; 'clean': better ones")
+    algorithm: Literal["s1book", "paper", "code"] = Field(
+        description="'s1book': repeatable; 'paper': Algorithm 1; 'code': filter.ipynb")
     uniform_until: int = Field(
         ge=0, description="size up to which domains are drawn uniformly, afterwards by benchmark")
     min_math_tokens: int = Field(

@@ -219,7 +219,7 @@ def test_another_preset_never_reads_what_tiny_recorded(project):
 
 def test_a_missing_artefact_names_the_chapter(project):
     with pytest.raises(FileNotFoundError, match="chapter 07 makes it; run: s1book run --preset tiny --from 07"):
-        Run.open("tiny").read("s1k.parquet")
+        Run.open("tiny").read("s1k/train.parquet")
 
 
 @pytest.mark.parametrize("name, content", [

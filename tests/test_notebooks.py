@@ -15,7 +15,7 @@ from s1book.runner import (
 CHAPTERS = find_chapters(Path("nbs"))
 NOTEBOOKS = sorted(Path("nbs").glob("*.ipynb"))
 FOUNDATION = ["files", "sections", "settings", "style"]  # below every chapter; config hands their names on
-MACHINERY = ["preflight", "runner", "report", "cli"]  # above every chapter
+MACHINERY = ["preflight", "card", "runner", "report", "cli"]  # above every chapter
 MODULES = sorted(p for p in Path("s1book").glob("*.py") if not p.name.startswith("_"))
 ABSOLUTE = re.compile(r"(?<![\w:/.~-])/(?:home|root|tmp|usr|Users|work|var|opt|mnt|private|srv)/|[A-Z]:\\+Users")
 

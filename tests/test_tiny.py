@@ -198,7 +198,7 @@ def test_no_test_question_reached_pool_or_training():
     import pyarrow.parquet as pq
 
     reference = project_root() / "data" / "reference"
-    for name in ("decontaminated.parquet", "s1k.parquet"):
+    for name in ("decontaminated.parquet", "s1k/train.parquet"):
         asked = pq.read_table(reference / name, columns=["question"]).column("question").to_pylist()
         assert asked and not held_out() & set(asked)
     assert all(json.loads(line) for line in open(reference / "benchmarks" / "tiny_hard.jsonl"))

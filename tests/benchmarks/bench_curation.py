@@ -7,7 +7,6 @@ import tracemalloc
 
 from s1book.decontaminate import build_index, find_leaks, slow_verdicts
 from s1book.pool import first_of_each, question_hash
-from s1book.select import select
 
 POOL, BENCHMARK, VOCABULARY = 59_029, 728, 30_000
 
@@ -36,7 +35,7 @@ def timed(name, work, memory=False):
 
 
 def main():
-    """Decontaminate, deduplicate and select at the paper's size."""
+    """Decontaminate and deduplicate at the paper's size (bench_select.py: the selection)."""
     pool, benchmark = texts(POOL, 0), texts(BENCHMARK, 1)
     pool[::500] = [text + " " + benchmark[i % BENCHMARK][:80] for i, text in enumerate(pool[::500])]
     rows = [{"question": text, "question_hash": question_hash(text)} for text in pool]
@@ -46,12 +45,6 @@ def main():
     assert {rows[i]["question_hash"] for i in slow} == {leak.question_hash for leak in fast}
     print(f"{len(fast)} flagged by both; {slow_s / fast_s:.1f} times as fast")
     timed("exact duplicates", lambda: first_of_each(rows + rows[:5000]))
-    rng = random.Random(0)
-    hard = [{"question_hash": f"{i:08x}", "domain": f"d{int(51 * rng.random() ** 2)}", "trace_tokens": rng.randrange(300, 9000)}
-            for i in range(POOL)]
-    for algorithm in ("s1book", "paper", "code"):
-        late = {f"d{i}": 1.0 for i in range(51)}
-        timed(f"select 1,000 of {POOL:,}, {algorithm}", lambda: select(hard, [], 1000, 0, algorithm, 700, late))
     print(f"largest resident size of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB")
 
 

@@ -62,6 +62,7 @@ def slow_verdicts(
 # %% ../nbs/03_decontaminate.ipynb #b5b8b48e
 SIGNS = "+=<>^*"   # signs that are words of their own; other punctuation only separates words
 SAME = {"≤": r"\le ", "≥": r"\ge ", "×": "*", "·": "*", "⋅": "*", "∗": "*"}
+SAME |= {raised: f"^{digit}" for digit, raised in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
 LAYOUT = r"\left \right \big \bigl \bigr \displaystyle \text \mathrm \mathbf \quad \qquad"
 FORMS = {command: "" for command in (LAYOUT + r" \frac \dfrac \tfrac").split()}
 FORMS |= {r"\leq": "le", r"\geq": "ge", r"\cdot": "*", r"\times": "*"}
@@ -75,8 +76,8 @@ class PlainCharacters(dict):
         "Letters and digits in one form, accents gone, a space for all that separates."
         form = unicodedata.normalize("NFKD", SAME.get(chr(code), chr(code))).casefold()
         letters = [c for c in form if not unicodedata.combining(c)]
-        kept = [c if c.isalnum() or c in SIGNS + "\\" else " " for c in letters]
-        return self.setdefault(code, "".join(kept))
+        kept = "".join(c if c.isalnum() or c in SIGNS + "\\" else " " for c in letters)
+        return self.setdefault(code, f" {kept} " if " " in kept.strip() else kept)   # 2¼: 2 1 4
 
 
 PLAIN = PlainCharacters()
@@ -223,7 +224,8 @@ def word_spans(
     "Where the words of a text stand in it."
     if method != "s1book":
         return [word.span() for word in re.finditer(r"\S+", text)]
-    pieces = [plain_text(character) for character in text]
+    plain = {character: plain_text(character) for character in set(text)}
+    pieces = [plain[character] for character in text]
     origin = [place for place, piece in enumerate(pieces) for _ in piece]
     found = re.finditer(r"\\[a-z]*|[^\s\\]+", "".join(pieces))
     kept = [word for word in found if word[0][0] != "\\" or command_form(word[0])]
@@ -310,6 +312,7 @@ def marked(
     "A text with marks around its shared stretches."
     pieces, end = [], 0
     for first, last in spans:
+        first = max(first, end)   # one character, such as ¼, can hold the words of two stretches
         pieces += [escape(text[end:first]), marks[0], escape(text[first:last]), marks[1]]
         end = last
     return "".join(pieces) + escape(text[end:])

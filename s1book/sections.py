@@ -56,7 +56,13 @@ class Teacher(Section):
 # %% ../nbs/sections.ipynb #ebb71e5c
 class Decontaminate(Section):
     "Chapter 03: which questions count as leaked."
-    n: int = Field(gt=0, description="words in an n-gram; one shared n-gram removes a question")
+    method: Literal["s1book", "s1", "s1-sequential"] = Field(
+        description="'s1': the paper's rule; 's1-sequential': also against earlier sources, as its "
+                    "code does; 's1book': plain words, short questions, and a share that counts")
+    n: int = Field(gt=0, description="words in an n-gram")
+    coverage: float = Field(
+        gt=0, le=1,
+        description="share of a benchmark question that makes a leak, for method 's1book' only")
 
 
 class Select(Section):

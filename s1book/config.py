@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SERVERS', 'MAKERS', 'PALETTE', 'STYLE', 'S1Error', 'PresetError', 'MissingArtefact', 'Section', 'Pool', 'Shape',
-           'Model', 'Server', 'Teacher', 'Decontaminate', 'Select', 'Sft', 'Engine', 'Budget', 'Evaluate', 'Launch',
-           'Preset', 'parse_yaml', 'preset_names', 'preset_file', 'load_preset', 'project_root', 'show_path',
-           'disk_errors', 'atomic', 'read_jsonl', 'append_jsonl', 'item_seed', 'RunFolder', 'Artefacts', 'has_cuda',
-           'Run', 'Check', 'parameters', 'train_bytes', 'kv_bytes', 'train_seconds', 'estimates', 'use_style',
-           'check_weights', 'check_server', 'doctor']
+           'Model', 'Server', 'Teacher', 'Grade', 'Features', 'Judge', 'Decontaminate', 'Select', 'Sft', 'Engine',
+           'Budget', 'Evaluate', 'Launch', 'Preset', 'parse_yaml', 'preset_names', 'preset_file', 'load_preset',
+           'project_root', 'show_path', 'disk_errors', 'atomic', 'read_jsonl', 'append_jsonl', 'item_seed', 'RunFolder',
+           'Artefacts', 'has_cuda', 'Run', 'Check', 'parameters', 'train_bytes', 'kv_bytes', 'train_seconds',
+           'estimates', 'use_style', 'check_weights', 'check_server', 'doctor']
 
 # %% ../nbs/00_presets.ipynb #24ecaed3
 import difflib
@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import yaml
 from packaging.requirements import Requirement
@@ -141,6 +141,27 @@ class Teacher(Section):
     model: str = Field(min_length=1, description="name of the teacher, kept with every trace")
     temperature: float = Field(ge=0, description="sampling temperature of a server teacher")
     server: Server = Field(description="where a server teacher is, and on which terms it is asked")
+
+# %% ../nbs/00_presets.ipynb #acac8ae7
+class Grade(Section):
+    "Chapters 05 and 06: who decides whether an answer is right."
+    grader: Literal["rules", "judge"] = Field(
+        description="'rules': rules and math-verify, offline; 'judge': the language model below")
+
+
+class Features(Section):
+    "Chapter 06: the features that can be had in more than one way."
+    domain: Literal["declared", "llm"] = Field(
+        description="'declared': as the source says; 'llm': the judge's model chooses a class")
+
+
+class Judge(Section):
+    "A language model as an instrument: it grades attempts (05, 06) and names domains (06)."
+    model: str = Field(min_length=1, description="its name, kept in the key of every reply")
+    temperature: float = Field(ge=0, description="sampling temperature")
+    readings: int = Field(
+        gt=0, description="replies to one question that may be unreadable before we give up")
+    server: Server = Field(description="where it is, and on which terms it is asked")
 
 # %% ../nbs/00_presets.ipynb #ebb71e5c
 class Decontaminate(Section):
@@ -280,6 +301,9 @@ class Preset(Section):
     pool: Pool
     model: Model
     teacher: Teacher
+    grade: Grade
+    features: Features
+    judge: Judge
     decontaminate: Decontaminate
     select: Select
     sft: Sft
@@ -538,14 +562,13 @@ def read_jsonl(
 
 # %% ../nbs/00_presets.ipynb #fc8e4812
 def _open_end(
-    path: Path,  # a file that may be missing
+    file: BinaryIO,  # opened for reading and appending
 ) -> bool:
     "Whether a file stops in the middle of a line."
-    if not path.is_file() or not path.stat().st_size:
+    if not file.seek(0, os.SEEK_END):
         return False
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
 
 
 def append_jsonl(
@@ -555,10 +578,12 @@ def append_jsonl(
     "Add one record and hand it to the system at once, so that it survives a kill."
     path = Path(path)
     line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    if _open_end(path):
-        read_jsonl(path)  # cuts a torn record; a whole one only lacks its newline
-    with disk_errors(path), open(path, "ab") as file:
-        file.write(b"\n" + line if _open_end(path) else line)
+    with disk_errors(path), open(path, "a+b", buffering=0) as file:
+        if _open_end(file):
+            read_jsonl(path)  # cuts a torn record; a whole one only lacks its newline
+            line = b"\n" + line if _open_end(file) else line
+        if file.write(line) < len(line):  # the torn line is cut off when the file is read
+            raise OSError(errno.ENOSPC, "no space left")
 
 # %% ../nbs/00_presets.ipynb #2ec0e0c2
 def item_seed(
@@ -572,7 +597,8 @@ def item_seed(
 MAKERS = {  # artefact -> the chapter that writes it
     "base": "01", "small": "01", "base_log.csv": "01", "base_skill.csv": "01", "benchmarks": "01",
     "pool.parquet": "02", "decontaminated.parquet": "03", "leaks.jsonl": "03", "traces.jsonl": "04",
-    "grades.jsonl": "05", "features.parquet": "06", "s1k.parquet": "07", "funnel.csv": "07",
+    "grades.jsonl": "05", "audit.jsonl": "05", "features.parquet": "06",
+    "s1k.parquet": "07", "funnel.csv": "07",
     "sft_tokens.parquet": "08", "sft": "09", "sft_log.csv": "09", "example_traces.jsonl": "11",
     "records.jsonl": "14", "run_card.json": "14", "accuracy.csv": "15", "scaling.csv": "16",
     "curve.png": "16", "curve.svg": "16",

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['BRACES', 'LABEL', 'WRAPPING', 'LETTER', 'TAIL', 'LONGEST', 'OPEN_BOX', 'DELIMITER', 'NUMBER', 'LATEX',
-           'WORTH_A_PROCESS', 'Done', 'JUDGE', 'Chat', 'GIVE_UP', 'boxed', 'after_label', 'clean', 'choice_letter',
+           'WORTH_A_PROCESS', 'TOWER', 'Done', 'JUDGE', 'Ask', 'boxed', 'after_label', 'clean', 'choice_letter',
            'find_answer', 'extract_answer', 'normalise', 'number', 'reference', 'answer_kind', 'same_by_rule',
            'limit_cpu', 'compare_lines', 'serve', 'start_verifier', 'end', 'exchange', 'MathVerifier', 'math_verifier',
-           'verdicts', 'Grade', 'are_correct', 'read_attempt', 'grade_all', 'grade', 'arrange_choices', 'audit',
-           'disagreements', 'record_key', 'fill_column', 'Grader', 'rules_grader', 'solution_of', 'judge_question',
-           'read_verdict', 'ask_until_read', 'ask_many', 'judge_grader', 'attempts_by_hash', 'grade_traces']
+           'verdicts', 'Grade', 'is_tower', 'are_correct', 'read_attempt', 'grade_all', 'grade', 'arrange_choices',
+           'audit', 'disagreements', 'record_key', 'fill_column', 'Grader', 'rules_grader', 'solution_of',
+           'judge_question', 'read_verdict', 'ask_until_read', 'judge_grader', 'ask_judge', 'open_grader',
+           'attempts_by_hash', 'grade_traces']
 
 # %% ../nbs/05_grade.ipynb #4017ce7d
 import atexit
@@ -19,6 +20,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import subprocess
@@ -26,13 +28,13 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from .config import S1Error, append_jsonl, read_jsonl
+from .config import Preset, S1Error, append_jsonl, read_jsonl
 from .pool import question_hash
 
 # %% ../nbs/05_grade.ipynb #09fcde3e
@@ -352,6 +354,20 @@ class Grade:
     correct: bool | None
 
 
+TOWER = re.compile(r"[0-9]\s*(?:\*\*|\^)\s*[{(]?\s*([0-9]{1,9})\s*(?:\*\*|\^)\s*[{(]?\s*([0-9]{1,9})")
+
+
+def is_tower(
+    answer: str,  # extracted
+) -> bool:
+    """Whether an answer is a number of thousands of digits, such as 9**9**9: nobody's answer."""
+    exponents = TOWER.search(answer)
+    if not exponents:
+        return False
+    middle, top = map(int, exponents.groups())
+    return top * math.log(max(middle, 1)) > math.log(10_000)
+
+
 def are_correct(
     answers: Iterable[tuple[str | None, str, str]],  # extracted (None: no answer), gold, kind
     workers: int | None = None,  # processes for math-verify
@@ -359,7 +375,9 @@ def are_correct(
     """The rule first; for mathematics that no rule settles, math-verify."""
     answers = list(answers)
     rule = [text is not None and same_by_rule(text, gold, kind) for text, gold, kind in answers]
-    unsettled = [not same and kind == "math" and text is not None
+    rule = [None if text and not same and is_tower(text) else same
+            for same, (text, _, _) in zip(rule, answers)]
+    unsettled = [same is False and kind == "math" and text is not None
                  for same, (text, _, kind) in zip(rule, answers)]
     asked = verdicts((each[:2] for each, left in zip(answers, unsettled) if left), workers)
     return [asked[each[:2]] if left else same
@@ -529,70 +547,73 @@ def read_verdict(
     return {"Yes": True, "No": False}.get(lines[-1].strip())
 
 # %% ../nbs/05_grade.ipynb #f1968196
-Chat = Callable[[str, str], str]  # (instructions, question) -> reply; raises S1Error to give up
-GIVE_UP = 20  # failed calls in a row after which the server, not the question, is at fault
+Ask = Callable[[dict[str, list[dict]]], dict[str, dict]]  # jobs: id -> messages; id -> record
 
 
 def ask_until_read(
-    chat: Chat,  # a language model
+    questions: dict[str, str],  # id -> user message
     instructions: str,  # system prompt
-    question: str,  # user message
+    ask: Ask,  # ask_server of chapter 04, all but the jobs filled in
     read: Callable[[str], Any],  # reply -> value, None when it holds none
-    tries: int,  # replies to read before we give up
-) -> tuple[Any, str | None]:  # value and no error, or None and the error
-    """Ask again while the reply cannot be read, but not for ever (the reference has no end)."""
-    reply = ""
-    for _ in range(tries):
-        try:
-            reply = chat(instructions, question)
-        except S1Error as error:
-            return None, f"no reply: {error}"
-        if (value := read(reply)) is not None:
-            return value, None
-    return None, f"no reading after {tries} tries, the last reply ends in {reply[-40:]!r}"
-
-
-def ask_many(
-    items: list,
-    ask_one: Callable[[Any], dict],  # item -> record, with an error where it failed
-    done: Done,  # takes each record when it arrives
-    concurrency: int,  # questions under way at the same time
-) -> None:
-    """Many questions at once; stops with S1Error when the server only fails."""
-    failed = 0
-    with ThreadPoolExecutor(concurrency) as threads:
-        places = {threads.submit(ask_one, item): i for i, item in enumerate(items)}
-        for future in as_completed(places):
-            try:
-                record = future.result()
-                done(places[future], record)
-                failed = failed + 1 if (record.get("error") or "").startswith("no reply") else 0
-                if failed >= GIVE_UP:
-                    raise S1Error(f"The last {failed} calls failed ({record['error']}); what was "
-                                  "answered is kept, so run the same chapter again later.")
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
+    readings: int,  # replies to one question before we give up
+) -> dict[str, dict]:  # id -> value and error, one of them None
+    """Ask again while a reply cannot be read, but not for ever (the reference has no end)."""
+    jobs, found, left = {}, {}, list(questions)
+    for number in range(1, readings + 1):
+        for name in left:
+            jobs[f"{name}/{number}"] = [{"role": "system", "content": instructions},
+                                        {"role": "user", "content": questions[name]}]
+        replies = ask(jobs)  # all of them: the store answers for what was asked before
+        for name in left:
+            reply = replies[f"{name}/{number}"]
+            value = None if reply["error"] else read(reply["text"])
+            error = reply["error"] or f"no reading, reply {number} ends in {reply['text'][-40:]!r}"
+            found[name] = {"value": value, "error": None if value is not None else error}
+        left = [name for name in left if found[name]["value"] is None
+                and not replies[f"{name}/{number}"]["error"]]
+        if not left:
+            break
+    return found
 
 # %% ../nbs/05_grade.ipynb #8d6f533d
 def judge_grader(
-    chat: Chat,  # the judge
+    ask: Ask,  # how the judge is asked
     name: str,  # who it is, e.g. "claude-3-5-sonnet-20241022"
-    tries: int = 4,  # replies to read before the verdict counts as missing
-    concurrency: int = 8,  # attempts judged at the same time
+    readings: int = 4,  # replies to read before the verdict counts as missing
 ) -> Grader:
     """A language model that compares attempt and solution (paper appendix C.3), with an end."""
-    def one(attempt: tuple[dict, str]) -> dict:
-        row, text = attempt
-        asked = judge_question(row, text)
-        correct, error = ask_until_read(chat, JUDGE, asked, read_verdict, tries)
-        extracted = extract_answer(text, answer_kind(row))
-        return {"extracted": extracted, "correct": correct, "error": error}
-
     def work(attempts: list[tuple[dict, str]], done: Done) -> None:
-        ask_many(attempts, one, done, concurrency)
+        asked = [judge_question(row, text) for row, text in attempts]
+        questions = {record_key(question): question for question in asked}
+        found = ask_until_read(questions, JUDGE, ask, read_verdict, readings)
+        for i, (row, text) in enumerate(attempts):
+            verdict = found[record_key(asked[i])]
+            done(i, {"extracted": extract_answer(text, answer_kind(row)),
+                     "correct": verdict["value"], "error": verdict["error"]})
 
     return Grader(f"{name}@{record_key(JUDGE)[:8]}", work, solution_of)
+
+
+def ask_judge(
+    preset: Preset,  # its judge section
+    path: Path,  # where replies are stored, one file per column
+) -> Ask:
+    """The preset's language model; a call that failed in an earlier run is made again."""
+    from s1book.traces import ask_server
+
+    judge = preset.judge
+    return functools.partial(ask_server, server=judge.server, model=judge.model, path=path,
+                             options={"temperature": judge.temperature}, again=True)
+
+
+def open_grader(
+    preset: Preset,  # grade.grader says which
+    path: Path,  # where a judge's replies are stored
+) -> Grader:
+    """The grader that a preset asks for."""
+    if preset.grade.grader == "rules":
+        return rules_grader()
+    return judge_grader(ask_judge(preset, path), preset.judge.model, preset.judge.readings)
 
 # %% ../nbs/05_grade.ipynb #22623759
 def attempts_by_hash(

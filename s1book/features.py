@@ -214,9 +214,7 @@ def missing_because(
     answers: dict[str, str | None],  # question_hash -> reference answer
 ) -> str | None:  # None: nothing is missing
     "Why a row is incomplete: in the order in which the causes come about."
-    if row["trace_tokens"] is None:
-        return "no trace"
-    if not answers.get(row["question_hash"]):
-        return "no reference answer"
     lacking = [name for name, value in row.items() if value is None]
-    return f"no {lacking[0]}" if lacking else None
+    if not lacking or "trace_tokens" in lacking:
+        return "no trace" if lacking else None
+    return f"no {lacking[0]}" if answers.get(row["question_hash"]) else "no reference answer"

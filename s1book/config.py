@@ -80,7 +80,7 @@ class Model(Section):
     shape: Shape = Field(description="sizes of the base model")
 
 # %% ../nbs/00_presets.ipynb #c62a1121
-SERVERS = {  # what we know about three servers; prices are assumptions, put your own into the preset
+SERVERS = {  # prices are assumptions: put your own into the preset
     "deepseek": dict(  # teacher of s1.1; mean_out is the mean trace of s1K-1.1 and an answer
         url="https://api.deepseek.com", key="DEEPSEEK_API_KEY", thinking="field", usd_in=0.55,
         usd_out=2.19, priced="2025-02", max_tokens=32_768, mean_out=10_000, timeout=1800.0),
@@ -95,7 +95,27 @@ SERVERS = {  # what we know about three servers; prices are assumptions, put you
 }
 
 # %% ../nbs/00_presets.ipynb #f3728d52
-class Server(Section):
+class _Described(Section):
+    "A section whose missing keys are filled in, and whose address holds no secret."
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, values: Any) -> Any:
+        "What the preset leaves out, from the entry that it names."
+        if isinstance(values, dict) and isinstance(values.get("like"), str):
+            return SERVERS.get(values["like"], {}) | values
+        return values
+
+    @model_validator(mode="after")
+    def _keyless(self) -> "_Described":
+        "Refuse an address that is none, or that holds a secret; the message must not repeat it."
+        if not re.fullmatch(r"https?://[^@?#\s]+", self.url):
+            raise PydanticCustomError("address", "http(s)://host/path; a key belongs into the "
+                                      "environment", dict(found="something else in url"))
+        return self
+
+# %% ../nbs/00_presets.ipynb #14617468
+class Server(_Described):
     "A server that speaks OpenAI's chat protocol; keys that are not given are those of SERVERS."
     like: Literal["deepseek", "gemini", "vllm"] = Field(description="which entry of SERVERS")
     url: str = Field(description="address, without name, password or key in it")
@@ -116,22 +136,6 @@ class Server(Section):
     tries: int = Field(default=5, gt=0, description="requests for one item, the first included")
     wait: float = Field(default=2.0, ge=0, description="seconds before the second; then doubled")
     fuse: int = Field(default=20, gt=0, description="failed items in a row that stop a collection")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _filled(cls, values: Any) -> Any:
-        "What the preset leaves out, from the entry that it names."
-        if isinstance(values, dict) and isinstance(values.get("like"), str):
-            return SERVERS.get(values["like"], {}) | values
-        return values
-
-    @model_validator(mode="after")
-    def _keyless(self) -> "Server":
-        "Refuse an address that is none, or that holds a secret; the message must not repeat it."
-        if not re.fullmatch(r"https?://[^@?#\s]+", self.url):
-            raise PydanticCustomError("address", "http(s)://host/path; a key belongs into the "
-                                      "environment", dict(found="something else in url"))
-        return self
 
 # %% ../nbs/00_presets.ipynb #2420e4cf
 class Teacher(Section):

@@ -113,7 +113,7 @@ RUBRIC |= dict(line.split(" ", 1) for line in """
 """.strip().splitlines())
 
 # %% ../nbs/06_features.ipynb #e46d10a4
-CLASSIFIER = """You sort questions by subject. Choose the one class of the list below that a question
+CLASSIFIER = """You sort questions by subject. Choose the one class of this list that a question
 belongs to; if several fit, the one whose methods an expert would use first. Reason briefly if you
 need to. Then end with a line that holds the two-digit code of the class and nothing else.
 
@@ -131,20 +131,12 @@ def read_domain(
 def classify(
     questions: dict[str, str],  # question_hash -> question
     ask: Ask,  # how the classifier is asked, from ask_judge
-    name: str,  # who it is
-    path: Path,  # the column, domain.jsonl
+    path: Path,  # the column; replies are kept beside it, see ask_until_read
     readings: int = 4,  # replies to read before the domain counts as missing
 ) -> dict[str, str | None]:  # question_hash -> domain
     "One of 61 subjects for every question (paper section 2.2; the reference never gives up)."
-    def work(left: list[tuple[str, str]], done: Done) -> None:
-        found = ask_until_read(dict(left), CLASSIFIER, ask, read_domain, readings)
-        for i, (question, _) in enumerate(left):
-            domain = found[question]
-            done(i, {"question_hash": question, "domain": domain["value"],
-                     "error": domain["error"]})
-
-    wanted = {record_key(name, CLASSIFIER, *item): item for item in questions.items()}
-    return by_question(fill_column(path, wanted, work, again=True), "domain")
+    found = ask_until_read(path, questions, CLASSIFIER, ask, read_domain, readings)
+    return {question: domain["value"] for question, domain in found.items()}
 
 # %% ../nbs/06_features.ipynb #d575e138
 def model_fingerprint(

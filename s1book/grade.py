@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['BRACES', 'LABEL', 'WRAPPING', 'LETTER', 'TAIL', 'LONGEST', 'OPEN_BOX', 'DELIMITER', 'NUMBER', 'LATEX',
            'WORTH_A_PROCESS', 'TOWER', 'Done', 'JUDGE', 'Ask', 'boxed', 'after_label', 'clean', 'choice_letter',
-           'find_answer', 'extract_answer', 'normalise', 'number', 'reference', 'answer_kind', 'same_by_rule',
-           'limit_cpu', 'compare_lines', 'serve', 'start_verifier', 'end', 'exchange', 'MathVerifier', 'math_verifier',
-           'verdicts', 'Grade', 'is_tower', 'are_correct', 'read_attempt', 'grade_all', 'grade', 'arrange_choices',
-           'audit', 'disagreements', 'record_key', 'fill_column', 'Grader', 'rules_grader', 'solution_of',
-           'judge_question', 'read_verdict', 'ask_until_read', 'judge_grader', 'ask_judge', 'open_grader',
-           'attempts_by_hash', 'grade_traces']
+           'find_answer', 'readable', 'extract_answer', 'normalise', 'number', 'reference', 'answer_kind',
+           'same_by_rule', 'limit_cpu', 'compare_lines', 'serve', 'start_verifier', 'end', 'exchange', 'MathVerifier',
+           'math_verifier', 'verdicts', 'Grade', 'is_tower', 'are_correct', 'read_attempt', 'grade_all', 'grade',
+           'arrange_choices', 'audit', 'disagreements', 'record_key', 'fill_column', 'Grader', 'rules_grader',
+           'solution_of', 'judge_question', 'read_verdict', 'ask_until_read', 'judge_grader', 'ask_judge',
+           'open_grader', 'attempts_by_hash', 'grade_traces']
 
 # %% ../nbs/05_grade.ipynb #4017ce7d
 import atexit
@@ -109,6 +109,13 @@ def find_answer(
         return said
     return found
 
+# %% ../nbs/05_grade.ipynb #24145570
+def readable(
+    text: str,  # anything
+) -> str:  # at most TAIL characters that every tool can take
+    """The end of a text without NUL bytes and half characters."""
+    return text[-TAIL:].replace("\0", "").encode("utf-8", "ignore").decode()
+
 
 def extract_answer(
     text: str | None,  # what a model wrote, with or without its thinking
@@ -117,8 +124,7 @@ def extract_answer(
     """The final answer of a text; differs from the reference: last label, no model, no default."""
     if not isinstance(text, str):
         return None
-    whole = text[-TAIL:].replace("\0", "").encode("utf-8", "ignore").decode()
-    _, delimiter, said = whole.rpartition(DELIMITER)
+    _, delimiter, said = readable(text).rpartition(DELIMITER)
     answer = clean(find_answer(said, kind, bool(delimiter)) or "")
     if kind == "choice":
         return choice_letter(answer)
@@ -178,7 +184,7 @@ def answer_kind(
         return "integer"
     return "word" if re.fullmatch(r"[A-Za-z]+(?: [A-Za-z]+)*", gold) else "math"
 
-
+# %% ../nbs/05_grade.ipynb #1fefd525
 def same_by_rule(
     answer: str,  # extracted
     gold: str,  # the reference
@@ -250,8 +256,9 @@ def start_verifier(
 ) -> subprocess.Popen:  # a process that answers JSON lines, its library loaded
     """Start `serve` in a process group of its own; S1Error when it cannot start."""
     code = f"from s1book.grade import serve; serve({cpu_seconds})"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([sys.executable, "-c", code], text=True, start_new_session=True, **pipes)
+    process = subprocess.Popen([sys.executable, "-c", code], text=True, start_new_session=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL)
     if process.stdout.readline().strip() != "ready":
         end(process)
         raise S1Error("The math-verify process did not start; is math-verify installed?")
@@ -269,7 +276,7 @@ def end(
     except (AttributeError, OSError):  # no process groups here, or none left
         process.kill()
 
-
+# %% ../nbs/05_grade.ipynb #07997065
 def exchange(
     process: subprocess.Popen,  # from start_verifier
     line: str,  # one request
@@ -354,7 +361,7 @@ class Grade:
     correct: bool | None
 
 
-TOWER = re.compile(r"[0-9]\s*(?:\*\*|\^)\s*[{(]?\s*([0-9]{1,9})\s*(?:\*\*|\^)\s*[{(]?\s*([0-9]{1,9})")
+TOWER = re.compile(r"[0-9]" + 2 * r"\s*(?:\*\*|\^)\s*[{(]?\s*([0-9]{1,9})")
 
 
 def is_tower(
@@ -367,7 +374,7 @@ def is_tower(
     middle, top = map(int, exponents.groups())
     return top * math.log(max(middle, 1)) > math.log(10_000)
 
-
+# %% ../nbs/05_grade.ipynb #a89bb055
 def are_correct(
     answers: Iterable[tuple[str | None, str, str]],  # extracted (None: no answer), gold, kind
     workers: int | None = None,  # processes for math-verify
@@ -469,23 +476,20 @@ def fill_column(
     path: Path,  # one JSON line per record, appended to
     wanted: dict[str, Any],  # key -> item
     work: Callable[[list, Done], None],  # gets the items that are left; calls done for each
-    again: bool = False,  # also redo items whose record holds an error
 ) -> dict[str, dict]:  # key -> record
     """One record per key, written when it is finished; what the file holds is not done again."""
     records = read_jsonl(path) if path.exists() else []
     found = {record["key"]: record for record in records if record.get("key") in wanted}
-    left = [key for key in wanted if key not in found or again and found[key].get("error")]
-    finished = set()
+    left = [key for key in wanted if key not in found]
 
     def done(i: int, record: dict) -> None:
         found[left[i]] = {"key": left[i], **record}
         append_jsonl(path, found[left[i]])
-        finished.add(i)
 
     if left:
         work([wanted[key] for key in left], done)
-    if len(finished) < len(left):
-        raise S1Error(f"{path.name}: {len(left)} records were wanted, {len(finished)} came back; "
+    if len(found) < len(wanted):
+        raise S1Error(f"{path.name}: {len(wanted)} records were wanted, {len(found)} are there; "
                       "they are kept, so run the same chapter again for the rest.")
     return {key: found[key] for key in wanted}
 
@@ -495,8 +499,8 @@ class Grader:
     """Who grades."""
 
     name: str  # part of every key: another name, another grade
-    work: Callable[[list[tuple[dict, str]], Done], None]  # grades (row, text) pairs
-    needs: Callable[[dict], str | None] = reference  # what a row must have to be graded
+    fill: Callable[[Path, dict[str, tuple[dict, str]]], dict[str, dict]]  # key -> (row, text)
+    needs: Callable[[dict], str | None]  # what a row must have to be graded
 
 
 def rules_grader(
@@ -511,7 +515,8 @@ def rules_grader(
             for i, each in enumerate(grade_all(attempts[start:start + 2000], workers), start):
                 done(i, asdict(each))
 
-    return Grader(f"rules-{version}@{hashlib.sha256(program).hexdigest()[:8]}", work)
+    return Grader(f"rules-{version}@{hashlib.sha256(program).hexdigest()[:8]}",
+                  functools.partial(fill_column, work=work), reference)
 
 # %% ../nbs/05_grade.ipynb #630c4e3d
 JUDGE = """You check answers. You are given a problem, an attempt at it and its correct answer.
@@ -535,7 +540,8 @@ def judge_question(
     text: str,  # the attempt
 ) -> str:  # what the judge is asked
     """Problem, attempt and correct answer under three headings (data/featurization.py)."""
-    parts = {"Problem": row["question"], "Attempt": text, "Correct answer": solution_of(row)}
+    parts = {"Problem": row["question"], "Attempt": readable(text),
+             "Correct answer": solution_of(row)}
     return "\n\n".join(f"## {title}\n{part}" for title, part in parts.items())
 
 
@@ -547,32 +553,29 @@ def read_verdict(
     return {"Yes": True, "No": False}.get(lines[-1].strip())
 
 # %% ../nbs/05_grade.ipynb #f1968196
-Ask = Callable[[dict[str, list[dict]]], dict[str, dict]]  # jobs: id -> messages; id -> record
+Ask = Callable[[dict[str, list[dict]], Path], dict[str, dict]]  # jobs, store -> records by id
 
 
 def ask_until_read(
+    path: Path,  # replies to the first asking go to <stem>.1.jsonl, ...
     questions: dict[str, str],  # id -> user message
     instructions: str,  # system prompt
-    ask: Ask,  # ask_server of chapter 04, all but the jobs filled in
+    ask: Ask,  # ask_server of chapter 04, on somebody's terms
     read: Callable[[str], Any],  # reply -> value, None when it holds none
     readings: int,  # replies to one question before we give up
 ) -> dict[str, dict]:  # id -> value and error, one of them None
     """Ask again while a reply cannot be read, but not for ever (the reference has no end)."""
-    jobs, found, left = {}, {}, list(questions)
+    found, left = {}, questions
     for number in range(1, readings + 1):
-        for name in left:
-            jobs[f"{name}/{number}"] = [{"role": "system", "content": instructions},
-                                        {"role": "user", "content": questions[name]}]
-        replies = ask(jobs)  # all of them: the store answers for what was asked before
-        for name in left:
-            reply = replies[f"{name}/{number}"]
+        jobs = {name: [{"role": "system", "content": instructions},
+                       {"role": "user", "content": question}] for name, question in left.items()}
+        replies = ask(jobs, path.with_name(f"{path.stem}.{number}.jsonl")) if jobs else {}
+        for name, reply in replies.items():
             value = None if reply["error"] else read(reply["text"])
             error = reply["error"] or f"no reading, reply {number} ends in {reply['text'][-40:]!r}"
             found[name] = {"value": value, "error": None if value is not None else error}
-        left = [name for name in left if found[name]["value"] is None
-                and not replies[f"{name}/{number}"]["error"]]
-        if not left:
-            break
+        left = {name: question for name, question in left.items()
+                if found[name]["value"] is None and not replies[name]["error"]}
     return found
 
 # %% ../nbs/05_grade.ipynb #8d6f533d
@@ -582,38 +585,38 @@ def judge_grader(
     readings: int = 4,  # replies to read before the verdict counts as missing
 ) -> Grader:
     """A language model that compares attempt and solution (paper appendix C.3), with an end."""
-    def work(attempts: list[tuple[dict, str]], done: Done) -> None:
-        asked = [judge_question(row, text) for row, text in attempts]
-        questions = {record_key(question): question for question in asked}
-        found = ask_until_read(questions, JUDGE, ask, read_verdict, readings)
-        for i, (row, text) in enumerate(attempts):
-            verdict = found[record_key(asked[i])]
-            done(i, {"extracted": extract_answer(text, answer_kind(row)),
-                     "correct": verdict["value"], "error": verdict["error"]})
+    def fill(path: Path, attempts: dict[str, tuple[dict, str]]) -> dict[str, dict]:
+        questions = {key: judge_question(*attempt) for key, attempt in attempts.items()}
+        found = ask_until_read(path, questions, JUDGE, ask, read_verdict, readings)
+        return {key: {"extracted": extract_answer(text, answer_kind(row)),
+                      "correct": found[key]["value"], "error": found[key]["error"]}
+                for key, (row, text) in attempts.items()}
 
-    return Grader(f"{name}@{record_key(JUDGE)[:8]}", work, solution_of)
+    return Grader(f"{name}@{record_key(JUDGE)[:8]}", fill, solution_of)
 
-
+# %% ../nbs/05_grade.ipynb #52f537c5
 def ask_judge(
     preset: Preset,  # its judge section
-    path: Path,  # where replies are stored, one file per column
 ) -> Ask:
     """The preset's language model; a call that failed in an earlier run is made again."""
     from s1book.traces import ask_server
 
     judge = preset.judge
-    return functools.partial(ask_server, server=judge.server, model=judge.model, path=path,
-                             options={"temperature": judge.temperature}, again=True)
+
+    def ask(jobs: dict[str, list[dict]], path: Path) -> dict[str, dict]:
+        options = {"temperature": judge.temperature}
+        return ask_server(jobs, judge.server, judge.model, path, options, again=True)
+
+    return ask
 
 
 def open_grader(
     preset: Preset,  # grade.grader says which
-    path: Path,  # where a judge's replies are stored
 ) -> Grader:
     """The grader that a preset asks for."""
     if preset.grade.grader == "rules":
         return rules_grader()
-    return judge_grader(ask_judge(preset, path), preset.judge.model, preset.judge.readings)
+    return judge_grader(ask_judge(preset), preset.judge.model, preset.judge.readings)
 
 # %% ../nbs/05_grade.ipynb #22623759
 def attempts_by_hash(
@@ -632,7 +635,7 @@ def attempts_by_hash(
         found[row["question_hash"]] = text if text is not None else found.get(row["question_hash"])
     return found
 
-
+# %% ../nbs/05_grade.ipynb #aa61916a
 def grade_traces(
     rows: list[dict],  # question rows with question_hash
     attempts: Iterable[dict],  # trace rows: question_hash, attempt, error
@@ -648,9 +651,8 @@ def grade_traces(
         text, needed = found.get(row["question_hash"]), grader.needs(row)
         if isinstance(text, str) and needed is not None:
             wanted[record_key(grader.name, row["question"], needed, text)] = row, text
-    graded = fill_column(path, wanted, grader.work, again=True)
-    verdict = {wanted[key][0]["question_hash"]: record for key, record in graded.items()}
-    nothing = asdict(Grade(None, None))
+    graded = {wanted[key][0]["question_hash"]: record
+              for key, record in grader.fill(path, wanted).items()}
     return [{"question_hash": row["question_hash"], "model": model}
-            | {name: verdict.get(row["question_hash"], nothing)[name] for name in nothing}
-            for row in rows]
+            | {name: graded.get(row["question_hash"], {}).get(name)
+               for name in ("extracted", "correct")} for row in rows]

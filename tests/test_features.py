@@ -12,7 +12,7 @@ import pytest
 
 from s1book.config import S1Error, read_jsonl
 from s1book.features import (
-    CLASSIFIER, RUBRIC, SCHEMA, ask_all, classify, feature_rows, grade_answers, missing_because, model_fingerprint,
+    CLASSIFIER, RUBRIC, SCHEMA, ask_all, feature_rows, grade_answers, missing_because, model_fingerprint,
     read_domain, token_lengths,
 )
 from s1book.grade import rules_grader
@@ -129,7 +129,7 @@ def test_two_rows_with_one_prompt_are_two_questions(tmp_path):
 
 def test_a_missing_answer_is_refused_and_the_others_are_kept(tmp_path):
     path, model = tmp_path / "attempts.jsonl", Model()
-    with pytest.raises(S1Error, match="10 records were wanted, 9 came back"):
+    with pytest.raises(S1Error, match="10 records were wanted, 9 are there"):
         ask_all(rows(10), as_is, lambda prompts, done: Model()(prompts[:-1], done), path, "m")
     assert len(ask_all(rows(10), as_is, model, path, "m")) == 10 and model.asked == ["question 9"]
 
@@ -152,8 +152,8 @@ def test_wrong_is_not_missing(tmp_path, text, answer, correct):
 
 def test_a_better_grader_grades_anew_and_asks_nobody(tmp_path):
     texts, path = ask_all(rows(5), as_is, Model(), tmp_path / "a.jsonl", "m"), tmp_path / "c.jsonl"
-    harsh = replace(rules_grader(), name="harsh", work=lambda attempts, done: [
-        done(i, {"extracted": None, "correct": False}) for i in range(len(attempts))])
+    harsh = replace(rules_grader(), name="harsh", fill=lambda path, attempts: {
+        key: {"extracted": None, "correct": False} for key in attempts})
     assert not any(grade_answers(rows(5), texts, path, harsh).values())
     assert all(grade_answers(rows(5), texts, path, rules_grader()).values())
 
@@ -186,21 +186,6 @@ def test_the_rubric_is_one_line_for_each_of_61_classes():
     ("Number theory", None), ("11\nI am sure", None), ("\u0661\u0661", None)])
 def test_a_domain_is_read_strictly(reply, domain):
     assert read_domain(reply) == domain
-
-
-def test_a_domain_that_cannot_be_read_is_missing_and_nothing_is_asked_twice(tmp_path):
-    asked = []
-
-    def ask(jobs):
-        asked.extend(set(jobs) - set(asked))
-        return {name: {"text": "no class" if name[0] == "b" else "It is that.\n68", "error": None} for name in jobs}
-
-    questions, path = {"a": "sort a list", "b": "what ?"}, tmp_path / "d.jsonl"
-    wanted = {"a": "Computer science", "b": None}
-    assert classify(questions, ask, "c", path, readings=3) == wanted and len(asked) == 4
-    assert classify(questions, ask, "c", path, readings=3) == wanted and len(asked) == 4
-    other = lambda jobs: {name: {"text": "05", "error": None} for name in jobs}
-    assert set(classify(questions, other, "another", path).values()) == {"Combinatorics"}
 
 
 def test_features_keep_missing_apart_from_wrong(tmp_path):

@@ -7,7 +7,7 @@ __all__ = ['MAKERS', 'Sft', 'Preset', 'preset_names', 'preset_file', 'load_prese
            'Run', 'item_seed', 'parameters', 'train_bytes', 'kv_bytes', 'train_seconds', 'S1Error', 'PresetError',
            'append_jsonl', 'atomic', 'disk_errors', 'project_root', 'read_jsonl', 'show_path', 'PALETTE', 'STYLE',
            'use_style', 'Section', 'Pool', 'Shape', 'Model', 'Teacher', 'Decontaminate', 'Select', 'Engine', 'Budget',
-           'Evaluate', 'Launch']
+           'Evaluate', 'Launch', 'SERVERS', 'Server', 'Grade', 'Features', 'Judge']
 
 # %% ../nbs/00_presets.ipynb #24ecaed3
 import difflib
@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -26,7 +26,8 @@ from s1book.files import (
     S1Error, append_jsonl, atomic, damage, disk_errors, project_root, read_jsonl, show_path,
 )
 from s1book.sections import (
-    Budget, Decontaminate, Engine, Evaluate, Launch, Model, Pool, Section, Select, Shape, Teacher,
+    SERVERS, Budget, Decontaminate, Engine, Evaluate, Features, Grade, Judge, Launch, Model, Pool,
+    Section, Select, Server, Shape, Teacher,
 )
 from .settings import PresetError, read_settings
 from .style import PALETTE, STYLE, use_style
@@ -35,7 +36,8 @@ from .style import PALETTE, STYLE, use_style
 _all_ = [  # handed on from below: every other module imports these from here
     "S1Error", "PresetError", "append_jsonl", "atomic", "disk_errors", "project_root", "read_jsonl",
     "show_path", "PALETTE", "STYLE", "use_style", "Section", "Pool", "Shape", "Model", "Teacher",
-    "Decontaminate", "Select", "Engine", "Budget", "Evaluate", "Launch"]
+    "Decontaminate", "Select", "Engine", "Budget", "Evaluate", "Launch", "SERVERS",
+    "Server", "Grade", "Features", "Judge"]
 
 # %% ../nbs/00_presets.ipynb #21ac31e6
 class Sft(Section):
@@ -114,6 +116,9 @@ class Preset(Section):
     pool: Pool
     model: Model
     teacher: Teacher
+    grade: Grade
+    features: Features
+    judge: Judge
     decontaminate: Decontaminate
     select: Select
     sft: Sft
@@ -166,7 +171,8 @@ def load_preset(
 MAKERS = {  # artefact -> the chapter that writes it
     "base": "01", "small": "01", "base_log.csv": "01", "base_skill.csv": "01", "benchmarks": "01",
     "pool.parquet": "02", "decontaminated.parquet": "03", "leaks.jsonl": "03", "traces.jsonl": "04",
-    "grades.jsonl": "05", "features.parquet": "06", "s1k": "07", "funnel.csv": "07",
+    "grades.jsonl": "05", "audit.jsonl": "05", "features.parquet": "06",
+    "s1k": "07", "funnel.csv": "07",
     "sft_tokens.parquet": "08", "sft": "09", "sft_log.csv": "09", "example_traces.jsonl": "11",
     "records.jsonl": "14", "run_card.json": "14", "accuracy.csv": "15", "scaling.csv": "16",
     "curve.png": "16", "curve.svg": "16",

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 # %% ../nbs/files.ipynb #3919ac9e
 class S1Error(Exception):
@@ -120,14 +121,13 @@ def read_jsonl(
 
 # %% ../nbs/files.ipynb #fc8e4812
 def _open_end(
-    path: Path,  # a file that may be missing
+    file: BinaryIO,  # opened for reading and appending
 ) -> bool:
     "Whether a file stops in the middle of a line."
-    if not path.is_file() or not path.stat().st_size:
+    if not file.seek(0, os.SEEK_END):
         return False
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
 
 
 def append_jsonl(
@@ -137,10 +137,12 @@ def append_jsonl(
     "Add one record and hand it to the system at once, so that it survives a kill."
     path = Path(path)
     line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    if _open_end(path):
-        read_jsonl(path)  # cuts a torn record; a whole one only lacks its newline
-    with disk_errors(path), open(path, "ab") as file:
-        file.write(b"\n" + line if _open_end(path) else line)
+    with disk_errors(path), open(path, "a+b", buffering=0) as file:
+        if _open_end(file):
+            read_jsonl(path)  # cuts a torn record; a whole one only lacks its newline
+            line = b"\n" + line if _open_end(file) else line
+        if file.write(line) < len(line):  # the torn line is cut off when the file is read
+            raise OSError(errno.ENOSPC, "no space left")
 
 # %% ../nbs/files.ipynb #d1a3a9e0
 def damage(

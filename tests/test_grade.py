@@ -1,5 +1,8 @@
 """Grading: extraction, rules, math-verify behind its wall, and text that wants to break it."""
+import os
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -7,8 +10,9 @@ from hypothesis import strategies as st
 
 from s1book.config import S1Error
 from s1book.grade import (
-    Grade, MathVerifier, answer_kind, audit, boxed, choice_letter, extract_answer, grade, grade_traces,
-    is_correct, math_verifier, number, same_by_rule,
+    Grade, Grader, MathVerifier, answer_kind, are_correct, arrange_choices, ask_until_read, audit, boxed,
+    choice_letter, disagreements, end, extract_answer, fill_column, grade, grade_all, grade_traces, is_tower,
+    judge_grader, judge_question, math_verifier, number, read_verdict, record_key, reference, rules_grader, same_by_rule, verdicts,
 )
 
 PIECES = st.sampled_from([
@@ -38,6 +42,8 @@ def test_boxed(text, wanted):
     ("two words", None, None), ("Answer:", None, None), ("", None, None), (None, None, None),
     ("\\boxed{7", None, None), ("Answer: \\boxed{7", None, None), ("Answer: " + "7" * 5000, None, None),
     ("Answer: (C)", "choice", "C"), ("so the option is (A), no, (D) it is", "choice", "D"), ("B 7", "choice", None),
+    ("think\n<|im_start|>answer\nx = 5<|im_end|>", None, "x = 5"), ("<|im_start|>answer\nfive\nor six", None, None),
+    ("<|im_start|>answer\nthe option (B) it is", "choice", "B"), ("Answer: 3 <|im_start|>answer\n4", None, "4"),
     ("Answer: B 7", "choice", "B"), ("sorry", "choice", None), ("Answer: A dog", "choice", None), ("C", "choice", "C"),
 ])
 def test_extract_answer(text, kind, wanted):
@@ -65,8 +71,8 @@ def test_unparsable_choice_is_never_a_default_letter():
     (r"\dfrac{1}{2}", "0.5", "math", True), ("(x-1)(x+1)", "x^2-1", "math", True), ("x+1", "x-1", "math", False),
     (r"2\sqrt{2}", r"\sqrt{8}", "math", True), (r"\frac{1}{0}", "0.5", "math", False),
 ])
-def test_is_correct(answer, gold, kind, wanted):
-    assert is_correct(answer, gold, kind) is wanted
+def test_are_correct(answer, gold, kind, wanted):
+    assert are_correct([(answer, gold, kind)]) == [wanted]
 
 
 @pytest.mark.parametrize("gold, kind", [("23", "integer"), ("-4", "integer"), ("nit", "word"), ("B", "word"), ("0.5", "math")])
@@ -112,11 +118,24 @@ def test_grading_mathematics_never_raises(text):
 def test_hostile_text_gets_no_credit_quickly(text):
     verifier = math_verifier()
     assert verifier.same("1", "1") is True  # the process is up
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     result = grade(MATH, text)
-    seconds = time.perf_counter() - started
+    seconds, ours = time.perf_counter() - started, time.process_time() - used
     assert result.correct is False
-    assert seconds < 3 + verifier.cpu_seconds  # a second of work; the rest for a busy machine
+    assert verifier.cpu_seconds < 1 and ours < 1 - verifier.cpu_seconds  # a second of work in both processes
+    assert seconds < 5  # and on the wall, on a busy machine
+    assert verifier.process.poll() is None  # what died was a child: the next text finds a warm process
+
+
+@pytest.mark.parametrize("text", ["Answer: 9**9**9", "\\boxed{9^{9^{9}}}", "Answer: 2^{3^9}+1", "Answer: 10 ** 10 ** 10"])
+@pytest.mark.parametrize("gold", ["7", r"\sqrt{2}", "word"])
+def test_towers_are_no_answer(text, gold):
+    assert grade({"question": "", "answer": gold}, text) == Grade(None, False)
+
+
+def test_a_tower_that_can_be_written_out_is_compared():
+    assert not is_tower("2^{3^2}") and not is_tower("x^{9^9}") and not is_tower("9**9") and is_tower("9**9**9")
+    assert are_correct([("2^{3^{2}}", "511+1", "math"), ("9^{9^{9}}", "9^{9^{9}}", "math")]) == [True, True]
 
 
 @pytest.fixture
@@ -130,11 +149,39 @@ def verifier(request):
 @pytest.mark.parametrize("verifier", [{"cpu_seconds": 0.3, "wall_seconds": 60}], indirect=True)
 def test_towers_are_killed_and_are_no_answer(verifier):
     started = time.perf_counter()
-    assert verifier.same("9^{9^{9}}", "7") is None and verifier.process is None
+    for _ in range(3):
+        assert verifier.same("9^{9^{9}}", "7") is None and verifier.process.poll() is None
+        assert verifier.same("1/2", "0.5") is True  # a new child has taken over
     assert time.perf_counter() - started < 20
-    assert verifier.same("1/2", "0.5") is True  # a new process has taken over
-    assert grade(MATH, "\\boxed{9^{9^{9}}}") == Grade(None, False)
-    assert is_correct("9^{9^{9}}", r"\sqrt{2}", "math") is False
+
+
+@pytest.mark.parametrize("verifier", [{}], indirect=True)
+def test_a_process_that_died_between_two_answers_costs_no_verdict(verifier):
+    assert verifier.same("1/2", "0.5") is True
+    end(verifier.process)
+    verifier.process.wait()
+    assert verifier.same("1/2", "0.5") is True
+
+
+@pytest.mark.parametrize("verifier", [{"cpu_seconds": 0, "wall_seconds": 0.5}], indirect=True)
+def test_nobody_survives_the_clock_on_the_wall(verifier):
+    verifier.same("1", "1")
+    group = verifier.process.pid
+    assert verifier.same("9^{9^{9}}", "7") is None
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(os.getpgid(int(p)) == group for p in living()):
+        time.sleep(0.05)
+    assert not [p for p in living() if os.getpgid(int(p)) == group]
+
+
+def living():
+    """Processes that are not zombies, from the process file system."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if folder.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z" and os.getpgid(int(folder.name)):
+                yield folder.name
+        except OSError:
+            continue
 
 
 # 0 processor seconds: no limit there
@@ -160,20 +207,151 @@ def test_missing_attempts_and_references_are_null():
     assert grade(row, float("nan")) == Grade(None, None) and grade({"question": "", "answer": 0}, "0").correct
 
 
-def test_grade_traces():
-    rows = [{"question_hash": name, "question": "", "answer": "3"} for name in "abc"]
-    attempts = [
-        {"question_hash": "b", "attempt": "Answer: 3", "error": None},
-        {"question_hash": "a", "attempt": None, "error": "timeout"},
-        {"question_hash": "b", "attempt": None, "error": "timeout"},
-    ]
-    grades = grade_traces(rows, attempts, "teacher")
-    assert [(g["question_hash"], g["model"], g["correct"]) for g in grades] == [
-        ("a", "teacher", None), ("b", "teacher", True), ("c", "teacher", None)]
+def test_a_worked_solution_is_reduced_to_its_answer():
+    assert reference({"answer": "Three turns.\nSo it is \\boxed{12}."}) == "12" and reference({"answer": " 12 "}) == "12"
+    assert reference({"answer": "A proof.\nIt ends here."}) is None and reference({"answer": " "}) is None
+    assert grade({"question": "", "answer": "long\nAnswer: 12"}, "Answer: 12") == Grade("12", True)
+    assert grade({"question": "", "answer": "A proof.\nIt ends here."}, "Answer: 12") == Grade(None, None)
+
+
+def test_many_processes_give_the_verdicts_of_one():
+    pairs = [(f"{i}+x", f"x+{i + i % 3}") for i in range(500)]
+    assert verdicts(pairs, 1) == verdicts(pairs, 3) == {(a, g): i % 3 == 0 for i, (a, g) in enumerate(pairs)}
+
+
+def test_grading_together_is_grading_one_by_one():
+    rows = [({"question": "", "answer": gold}, text) for gold in ("3", r"\sqrt{2}", "nit", None, "x-1")
+            for text in ("Answer: 3", r"\boxed{2^{0.5}}", "Answer: tin", "Answer: -1+x", None, "\\boxed{1000000!}", "?")]
+    assert grade_all(rows, 2) == [grade(row, text) for row, text in rows]
+
+
+@given(st.text(), st.lists(st.text(), min_size=2, max_size=4, unique=True), st.randoms())
+def test_options_are_arranged_by_the_hash_alone(question, options, rng):
+    right, wrong = options[0], options[1:]
+    first = arrange_choices(question, right, wrong)
+    rng.shuffle(wrong)
+    assert arrange_choices(question, right, wrong) == first
+    assert first[0].startswith(question) and f"({first[1]}) {right}" in first[0]
+
+
+def test_options_are_refused_when_they_cannot_be_told_apart():
+    for wrong in (["3"], [], list("1245")):
+        with pytest.raises(S1Error, match="two to four different"):
+            arrange_choices("How many r in raspberry?", "3", wrong)
+
+
+ROWS = [{"question_hash": name, "question": f"Q {name}", "answer": "3"} for name in "abc"]
+ATTEMPTS = [
+    {"question_hash": "b", "attempt": "Answer: 3", "error": None},
+    {"question_hash": "a", "attempt": None, "error": "timeout"},
+    {"question_hash": "b", "attempt": None, "error": "timeout"},
+]
+
+
+def test_grade_traces(tmp_path):
+    grades = grade_traces(ROWS, ATTEMPTS, "teacher", tmp_path / "a.jsonl")
+    assert grades == [{"question_hash": name, "model": "teacher", "extracted": "3" if right else None, "correct": right}
+                      for name, right in (("a", None), ("b", True), ("c", None))]
     with pytest.raises(S1Error, match="'zz'.*different runs"):
-        grade_traces(rows, [{"question_hash": "zz", "attempt": "3"}], "teacher")
+        grade_traces(ROWS, [{"question_hash": "zz", "attempt": "3"}], "teacher", tmp_path / "a.jsonl")
 
 
-def test_audit_names_disagreements():
-    found = audit([("tin", "nit", "word"), ("tin", "nit", "word"), ("023", "23", "integer")])
-    assert found == [{"answer": "tin", "gold": "nit", "kind": "word", "by_rule": False, "by_math_verify": True}]
+def test_grades_are_kept_until_attempt_reference_or_grader_changes(tmp_path):
+    graded = []
+
+    def counting(name):
+        def work(attempts, done):
+            graded.extend(text for _, text in attempts)
+            for i, each in enumerate(grade_all(attempts)):
+                done(i, {"extracted": each.extracted, "correct": each.correct})
+        return Grader(name, partial(fill_column, work=work), reference)
+
+    attempts, path = [{"question_hash": n, "attempt": f"Answer: {n}"} for n in "abc"], tmp_path / "a.jsonl"
+    first = grade_traces(ROWS, attempts, "m", path, counting("x"))
+    assert grade_traces(ROWS, attempts, "m", path, counting("x")) == first and len(graded) == 3
+    grade_traces(ROWS, attempts, "m", path, counting("y"))
+    assert len(graded) == 6
+    grade_traces(ROWS, [*attempts[:2], {"question_hash": "c", "attempt": "Answer: 3"}], "m", path, counting("y"))
+    assert len(graded) == 7
+    grade_traces([ROWS[0] | {"answer": "4"}, *ROWS[1:]], attempts, "m", path, counting("y"))
+    assert len(graded) == 8
+
+
+def test_the_graders_name_changes_with_its_program():
+    assert rules_grader().name == rules_grader(3).name and "@" in rules_grader().name
+
+
+@pytest.mark.parametrize("stop", range(5))
+def test_a_column_resumes_where_it_stopped(tmp_path, stop):
+    path, worked = tmp_path / "c.jsonl", []
+
+    def work(items, done):
+        for i in reversed(range(len(items))):
+            if len(worked) == stop:
+                raise KeyboardInterrupt
+            worked.append(items[i])
+            done(i, {"value": items[i] * 2})
+
+    wanted = {f"k{i}": i for i in range(5)}
+    with pytest.raises(KeyboardInterrupt):
+        fill_column(path, wanted, work)
+    path.open("a").write('{"key": "k')
+    before, stop = list(worked), 99
+    column = fill_column(path, wanted, work)
+    assert [record["value"] for record in column.values()] == [0, 2, 4, 6, 8] and sorted(worked) == list(range(5))
+    assert len(before) < 5 and list(column) == list(wanted)
+
+
+def test_a_hole_in_a_column_is_refused_and_the_rest_is_kept(tmp_path):
+    with pytest.raises(S1Error, match="3 records were wanted, 2 are there"):
+        fill_column(tmp_path / "c.jsonl", {"a": 1, "b": 2, "c": 3}, lambda items, done: [done(0, {}), done(2, {})])
+    assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 2
+
+
+def test_keys_do_not_run_together():
+    assert len({record_key("a", "b"), record_key("ab"), record_key("a b"), record_key("a", None, "b"), record_key("b", "a")}) == 5
+
+
+@pytest.mark.parametrize("reply, verdict", [
+    ("Yes", True), ("No", False), ("They agree.\n\n Yes \n", True), ("Yes\nNo", False), ("Yes.", None), ("yes", None),
+    ("**Yes**", None), ("Yes or No", None), ("I say Yes", None), ("", None), ("\n", None), ("Yes\nbecause", None)])
+def test_a_verdict_is_read_strictly(reply, verdict):
+    assert read_verdict(reply) is verdict
+
+
+def test_the_judge_sees_problem_attempt_and_solution():
+    text = judge_question({"question": "Why ?", "solution": "Because.", "answer": "B"}, "I think so.")
+    assert text == "## Problem\nWhy ?\n\n## Attempt\nI think so.\n\n## Correct answer\nBecause."
+    assert judge_question({"question": "Why ?", "solution": None, "answer": "B"}, "x").endswith("## Correct answer\nB")
+
+
+def test_asking_ends_and_asks_only_what_could_not_be_read(tmp_path):
+    asked = []
+
+    def ask(jobs, store):
+        number = int(store.name.split(".")[1])
+        asked.extend((name, number) for name in jobs)
+        return {name: {"text": "Yes" if name == "a" or (name, number) == ("b", 3) else "?",
+                       "error": "timeout" if name == "d" else None} for name in jobs}
+
+    found = ask_until_read(tmp_path / "c.jsonl", {n: n for n in "abcd"}, "judge", ask, read_verdict, 4)
+    assert {n: each["value"] for n, each in found.items()} == {"a": True, "b": True, "c": None, "d": None}
+    assert found["d"]["error"] == "timeout" and "reply 4" in found["c"]["error"] and found["a"]["error"] is None
+    assert asked == [("a", 1), ("b", 1), ("c", 1), ("d", 1), ("b", 2), ("c", 2), ("b", 3), ("c", 3), ("c", 4)]
+
+
+def test_a_question_without_any_solution_is_not_judged(tmp_path):
+    grader = judge_grader(lambda jobs, store: {name: {"text": "Yes", "error": None} for name in jobs}, "j")
+    rows = [{"question_hash": "a", "question": "Q", "answer": None, "solution": None},
+            {"question_hash": "b", "question": "R", "answer": None, "solution": "because"}]
+    attempts = [{"question_hash": n, "attempt": "so"} for n in "ab"]
+    grades = grade_traces(rows, attempts, "m", tmp_path / "a.jsonl", grader)
+    assert [grade["correct"] for grade in grades] == [None, True]
+
+
+def test_audit_counts_and_names_disagreements():
+    audited = audit([("tin", "nit", "word"), ("3 apples", "3", "integer"), ("tin", "nit", "word"), ("023", "23", "integer")])
+    assert [(each["answer"], each["times"]) for each in disagreements(audited)] == [("tin", 2), ("3 apples", 1)]
+    assert len(audited) == 3 and sum(each["times"] for each in audited) == 4
+    assert disagreements(audited)[0] == {"answer": "tin", "gold": "nit", "kind": "word", "times": 2,
+                                         "by_rule": False, "by_math_verify": True}

@@ -19,7 +19,8 @@ from bad_server import PROMPT, REPLY, USD_IN, USD_OUT, BadServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s1book.config import Run, S1Error, Server, doctor, item_seed, load_preset, read_jsonl
+from s1book.config import Run, S1Error, Server, item_seed, load_preset, read_jsonl
+from s1book.preflight import doctor
 from s1book.traces import (
     Bill,
     Client,

@@ -509,9 +509,9 @@ def teacher_name(
     if teacher.kind == "openai":
         parts.append(terms(teacher.server))
     if teacher.kind == "tiny":
-        from s1book import tiny
+        from s1book import tiny, world
 
-        parts.append(Path(tiny.__file__).read_text(encoding="utf-8"))
+        parts += [Path(m.__file__).read_text(encoding="utf-8") for m in (tiny, world)]
     return f"{teacher.model}@{fingerprint(*parts)}"
 
 # %% ../nbs/04_traces.ipynb #9bd486a3

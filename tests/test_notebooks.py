@@ -15,6 +15,7 @@ from s1book.runner import (
 CHAPTERS = find_chapters(Path("nbs"))
 NOTEBOOKS = sorted(Path("nbs").glob("*.ipynb"))
 FOUNDATION = ["files", "sections", "settings", "style"]  # below every chapter; config hands their names on
+REFERENCE = {"tiny": ["world", "pretraining"]}  # chapter -> what lies right below it, to look things up in
 MACHINERY = ["preflight", "card", "runner", "report", "cli"]  # above every chapter
 MODULES = sorted(p for p in Path("s1book").glob("*.py") if not p.name.startswith("_"))
 ABSOLUTE = re.compile(r"(?<![\w:/.~-])/(?:home|root|tmp|usr|Users|work|var|opt|mnt|private|srv)/|[A-Z]:\\+Users")
@@ -153,7 +154,8 @@ def test_links_lead_somewhere(path):
 
 
 def test_modules_import_only_earlier_ones():
-    order = FOUNDATION + [module_of(c.path) for c in CHAPTERS] + MACHINERY
+    chapters = [name for c in CHAPTERS for name in (*REFERENCE.get(module_of(c.path), ()), module_of(c.path))]
+    order = FOUNDATION + chapters + MACHINERY
     for i, name in enumerate(order):
         text = (Path("s1book") / f"{name}.py").read_text()
         used = {m for m in imported_modules(text) if m != name}
@@ -161,6 +163,14 @@ def test_modules_import_only_earlier_ones():
         assert not unknown, f"{name} imports {unknown}, which no chapter makes"
         allowed = set(order[:i]) if name in MACHINERY else set(order[:i]) - set(MACHINERY)
         assert used <= allowed, f"{name} imports {used - allowed}, which come later"
+
+
+@pytest.mark.parametrize("name", [name for names in REFERENCE.values() for name in names])
+def test_reference_notebooks_run(name):
+    """Their worked examples hold; no runner executes them, and so a test does."""
+    names = {"__name__": "__main__"}
+    for source, _ in code_cells(read_notebook(Path(f"nbs/{name}.ipynb"))):
+        exec(compile(source, f"nbs/{name}.ipynb", "exec"), names)
 
 
 def test_foundations_have_one_door():

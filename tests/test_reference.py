@@ -8,9 +8,11 @@ import pytest
 
 from s1book.config import project_root, read_jsonl
 from s1book.grade import grade
+from s1book.pretraining import SIZES, make_tokenizer
 from s1book.scaling import scaling_table
 from s1book.stats import accuracy_table, flips
-from s1book.tiny import HEADERS, SIZES, benchmarks, make_tokenizer
+from s1book.tiny import benchmarks
+from s1book.world import HEADERS
 
 REFERENCE = project_root() / "data" / "reference"
 SEEDS = [0, 1, 2]

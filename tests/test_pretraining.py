@@ -1,0 +1,77 @@
+"""How a base model is made: text without a test question, exact tokens, and the same weights for the same seed."""
+
+import hashlib
+import random
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s1book.pretraining import (
+    IGNORE, SIZES, Composed, batches, document, fact_sheet, loss_of, make_model, make_tokenizer,
+    pretrain, save_model, untrained_ids, vocabulary,
+)
+from s1book.tiny import held_out
+from s1book.world import FAMILIES, make_problem, to_row
+
+IDS = {word: i for i, word in enumerate(vocabulary())}
+TOKENIZER = make_tokenizer()
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10**6))
+def test_pretraining_never_meets_a_banned_question(seed):
+    tokens, _ = document(random.Random(seed), IDS)
+    words = [vocabulary()[i] for i in tokens]
+    text = " ".join(words).strip("\n ")
+    question = text.split("\n")[0].strip()
+    banned, _ = document(random.Random(seed), IDS, frozenset([question]))
+    assert question and banned != tokens
+    assert " ".join(vocabulary()[i] for i in banned).strip("\n ").split("\n")[0].strip() != question
+
+
+def test_text_holds_no_chat_words_and_labels_are_the_tokens():
+    rng = random.Random(3)
+    chat = {IDS[w] for w in ("<|im_start|>", "<|im_end|>", "Wait", "think", "assistant", "Final")}
+    for sample in [document(rng, IDS) for _ in range(200)] + [fact_sheet(rng, IDS, False)] * 3:
+        tokens, labels = sample
+        assert not chat & set(tokens) and len(tokens) == len(labels)
+        assert all(y in (IGNORE, t) for t, y in zip(tokens, labels))
+        assert any(y != IGNORE for y in labels)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10**6))
+def test_tokenizer_gives_back_every_text(seed):
+    row = to_row(make_problem(random.Random(seed).choice(list(FAMILIES)), 9, random.Random(seed),
+                              seed % 2 == 0))
+    for text in (row["question"], row["solution"]):
+        tokens = TOKENIZER(text)["input_ids"]
+        assert TOKENIZER.decode(tokens) == text and TOKENIZER.unk_token_id not in tokens
+
+
+def test_pretraining_learns_and_repeats_itself_byte_for_byte(tmp_path):
+    import torch
+
+    torch.set_num_threads(1)
+    size, logs = replace(SIZES["small"], steps=120), []
+    for name in ("one", "two"):
+        logs.append([])
+        save_model(pretrain(size, 7, held_out(), logs[-1].append), tmp_path / name)
+    one, two = (hashlib.sha256((tmp_path / n / "model.safetensors").read_bytes()).hexdigest()
+                for n in ("one", "two"))
+    assert one == two
+    first = [loss_of(make_model(size, 7), Composed(size.hidden, 7), s).item()
+             for s in batches(7, 2, held_out())]
+    assert logs[0][-1]["documents"] < 0.6 * first[1]
+
+
+def test_untrained_words_start_where_the_line_break_is():
+    import torch
+
+    model = make_model(SIZES["small"], 0)
+    Composed(SIZES["small"].hidden, 0).write(model)
+    vectors = model.model.embed_tokens.weight
+    assert IDS["<|im_start|>"] in untrained_ids() and IDS["a7"] not in untrained_ids()
+    far = (vectors[untrained_ids()] - vectors[IDS["\n"]]).norm(dim=1).max()
+    assert far < 0.25 * torch.cdist(vectors[[IDS["a7"]]], vectors[[IDS["\n"]]])

@@ -68,7 +68,7 @@ def questions(
     leaks = [row for rows in benchmarks().values() for row in rows]
     return [_pool_row(random.Random(item_seed(seed, i)), leaks) for i in range(n)]
 
-# %% ../nbs/01_tiny_world.ipynb #40093ac6
+
 def _pool_row(rng: random.Random, leaks: list[dict]) -> dict:
     n = rng.randint(2, 5) if rng.random() < 0.55 else rng.randint(6, 12)
     family = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]

@@ -19,38 +19,17 @@ from bad_server import PROMPT, REPLY, USD_IN, USD_OUT, BadServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s1book.asking import ask_server
+from s1book.client import (
+    Bill, Client, Purse, Reply, Stop, Transient, forecast, most_tokens, read_reply, refusal, scrub,
+    seconds_until, split_thinking, usd_of,
+)
 from s1book.config import Run, S1Error, Server, item_seed, load_preset, read_jsonl
 from s1book.preflight import doctor
-from s1book.traces import (
-    Bill,
-    Client,
-    Purse,
-    Reply,
-    Stop,
-    Transient,
-    alone,
-    ask_server,
-    forecast,
-    local,
-    most_tokens,
-    open_teacher,
-    patient,
-    progress,
-    put_aside,
-    read_reply,
-    recorded,
-    refusal,
-    scrub,
-    seconds_until,
-    settle,
-    share_out,
-    split_thinking,
-    teacher_name,
-    trace_facts,
-    usd_of,
-)
+from s1book.store import alone, duration, progress, put_aside, share_out
 from s1book.traces import ask as ask_waiting
 from s1book.traces import collect as collect_from
+from s1book.traces import local, open_teacher, patient, recorded, settle, teacher_name
 
 ROWS = [
     {"question_hash": f"{i:016x}", "question": f"question {i}", "answer": str(i % 10)}
@@ -292,23 +271,17 @@ def test_recorded_teacher_reads_the_columns_of_its_model():
             partial(recorded, model="deepseek-r1")({"metadata": metadata}, 0)
 
 
-@pytest.mark.parametrize(
-    ("attempt", "wrong"), [("3", False), ("Answer: 3", False), ("Answer: 4", True), ("3.", True)]
-)
-def test_facts(attempt, wrong):
-    record = {
-        "question_hash": "h",
-        "trace": "In fours\nSo 4\nWait\nIn pairs\nWait, no.\nWaiting So 3",
-        "attempt": attempt,
-    }
-    facts = trace_facts(record, "3", lambda text: len(text.split()))
-    assert (facts.tokens, facts.waits, facts.wrong) == (12, 2, wrong)
-
-
 def test_progress_names_no_time_once_complete():
     assert progress(10, 10, 1, 3.2) == "10 asked, 1 failed"
     assert progress(10, 10, 1, 3.2, 1.234) == "10 asked, 1 failed, 1.23 US dollars"
-    assert progress(5, 20, 1, 10.0).endswith("about 30 s left")
+    assert progress(5, 20, 1, 10.0) == "5 of 20 asked, 1 failed, about 30 s left"
+    assert progress(5, 20, 1, 36_000.0, 0.5) == "5 of 20 asked, 1 failed, 0.50 US dollars, about 30 hours left"
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0, "0 s"), (119.4, "119 s"), (120, "2 minutes"), (7_199, "120 minutes"),
+                                               (7_200, "2 hours"), (172_800, "2 days")])  # fmt: skip
+def test_a_duration_for_people(seconds, said):
+    assert duration(seconds) == said
 
 
 def test_the_slow_teacher_does_not_lose_what_is_under_way_when_another_stops():
@@ -638,6 +611,19 @@ def test_a_missing_key_is_noticed_before_the_first_request(tmp_path, monkeypatch
         open_teacher(preset, tmp_path / "t.jsonl")
     with pytest.raises(S1Error, match="found no store"):
         open_teacher(preset)
+
+
+@pytest.mark.parametrize("pasted", ["sk-two words-0123", "sk-two\nlines-0123", "sk-\u00fcmlaut-0123"])
+def test_a_key_that_no_header_can_carry_is_refused_before_the_first_request(tmp_path, monkeypatch, pasted):
+    monkeypatch.setenv("A_KEY", pasted)
+    path = tmp_path / "t.jsonl"
+    with BadServer() as server:
+        with pytest.raises(Stop, match="A_KEY: found spaces, line breaks or letters") as stopped:
+            gather(questions(3), wire(server.url, key="A_KEY"), path)
+        monkeypatch.setenv("A_KEY", "sk-0123456789\n")  # as a careless paste leaves it
+        gather(questions(3), wire(server.url, key="A_KEY"), path)
+        assert {h["authorization"] for h in server.headers} == {"bearer sk-0123456789"}
+    assert pasted not in str(stopped.value) and len(whole(path, questions(3))) == 3
 
 
 @pytest.mark.parametrize("field", ["reasoning", "<think>", "<thought>"])

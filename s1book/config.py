@@ -233,12 +233,13 @@ class Artefacts(RunFolder):
     def write(
         self,
         name: str,  # artefact, e.g. "pool.parquet"
+        keyed: bool = False,  # its records say what they belong to: no run sets it aside
     ) -> Path:
         "Where to put an artefact; its folder exists afterwards."
         path = self.dir / name
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._trace("write", name)
+        self._trace("keyed" if keyed else "write", name)
         return path
 
 # %% ../nbs/00_presets.ipynb #9dade5a6

@@ -599,7 +599,7 @@ def ask_judge(
     preset: Preset,  # its judge section
 ) -> Ask:
     """The preset's language model; a call that failed in an earlier run is made again."""
-    from s1book.traces import ask_server
+    from s1book.asking import ask_server
 
     judge = preset.judge
 

@@ -256,12 +256,12 @@ def notebook_out(
 def _traced(
     run: Run,  # whose trace
     chapter: Chapter,  # of which chapter
-    what: str,  # "read" or "write"
+    *what: str,  # "read", "write" or "keyed"
 ) -> list[str]:  # names of artefacts
     "What a chapter asked for when it last ran, finished or not."
     trace = _state(run, chapter, "trace.jsonl")
     rows = read_jsonl(trace) if trace.exists() else []
-    return list(dict.fromkeys(r["name"] for r in rows if r["what"] == what))
+    return list(dict.fromkeys(r["name"] for r in rows if r["what"] in what))
 
 
 def to_set_aside(
@@ -275,11 +275,13 @@ def to_set_aside(
     last = old or load_stamp(run, chapter, "started.json")
     if last is None:
         return []
-    same = (last.preset, last.upstream) == (now.preset, now.upstream) and not force
+    if force:
+        return _traced(run, chapter, "write", "keyed")
+    same = (last.preset, last.upstream) == (now.preset, now.upstream)
     if same and old is None:
         return []
     if same and (old.notebook, old.package) == (now.notebook, now.package):
-        return altered(run, old)
+        return [n for n in altered(run, old) if n not in _traced(run, chapter, "keyed")]
     return _traced(run, chapter, "write")
 
 # %% ../nbs/runner.ipynb #14071348
@@ -479,7 +481,7 @@ def _finish(
     gigabytes: float,  # the most memory that it held
 ) -> None:
     "Hash what the chapter read and wrote, and write its stamp."
-    writes = {n: digest_path(run.dir / n) for n in _traced(run, chapter, "write")}
+    writes = {n: digest_path(run.dir / n) for n in _traced(run, chapter, "write", "keyed")}
     reads = {n: _read_digest(run, n) for n in _traced(run, chapter, "read") if n not in writes}
     stamp = Stamp(now.notebook, now.preset, now.package, now.upstream, reads, writes,
                   round(seconds, 1), round(gigabytes, 2))

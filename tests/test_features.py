@@ -12,11 +12,11 @@ import pytest
 
 from s1book.config import S1Error, read_jsonl
 from s1book.features import (
-    CLASSIFIER, RUBRIC, SCHEMA, ask_all, feature_rows, grade_answers, missing_because, model_fingerprint,
-    read_domain, token_lengths,
+    SCHEMA, ask_all, feature_rows, grade_answers, missing_because, model_fingerprint, read_domain, token_lengths,
 )
 from s1book.grade import rules_grader
 from s1book.pool import question_hash, read_rows, write_rows
+from s1book.rubric import CLASSIFIER, RUBRIC
 
 
 def rows(n):

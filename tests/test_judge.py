@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from bad_server import BadServer
 
+from s1book.asking import ask_server
 from s1book.config import S1Error, load_preset, read_jsonl
 from s1book.features import classify
 from s1book.grade import ask_judge, ask_until_read, grade_traces, open_grader, read_verdict
-from s1book.traces import ask_server
 
 
 class Talker(BadServer):

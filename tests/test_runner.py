@@ -206,6 +206,26 @@ def test_an_interrupted_chapter_with_another_seed_starts_over(course):
     assert [r["seed"] for r in read_jsonl(course.dir / ".stale" / "01_second" / "log.jsonl")] == [0, 0]
 
 
+def test_records_that_say_what_they_belong_to_are_never_set_aside_unless_forced(course):
+    """Somebody who raises the cap on a bill, or mends the notebook, does not pay again for what is there."""
+    body = ('import json\npath = run.write("log.jsonl", keyed=True)\n'
+            'append_jsonl(path, {"seed": run.preset.seed})\nrun.write("sum.txt").write_text("x")\n')
+    seeds = lambda: [r["seed"] for r in read_jsonl(course.dir / "log.jsonl")]
+    write_chapter(course.root, "01_second", body + "raise ValueError")
+    for overrides in ([], ["seed=1"]):  # interrupted, and then under another preset
+        with pytest.raises(ChapterFailed):
+            course(overrides)
+    assert (course.dir / ".stale" / "01_second" / "sum.txt").exists()
+    write_chapter(course.root, "01_second", body)  # the notebook changes
+    course(["seed=1"])
+    course(["seed=2"])  # finished, and then under another preset
+    assert seeds() == [0, 1, 1, 2] and course(["seed=2"]).count("up to date") == 2
+    (course.dir / "log.jsonl").write_text('{"seed": 0}\n')  # damaged afterwards
+    assert "log.jsonl is not what this chapter wrote" in course(["seed=2"]) and seeds() == [0, 2]
+    course(["seed=2"], force=True)
+    assert seeds() == [2]
+
+
 def test_two_runners_do_not_share_a_folder(course):
     with locked(Run.open("tiny")), pytest.raises(S1Error, match="runs/tiny is in use"):
         course()

@@ -118,7 +118,7 @@ def add_items(
         words, length = item_words(row["question"], index.method, index.n)
         for run in dict.fromkeys(runs(words, length)):
             index.where[length].setdefault(run, []).append(len(index.rows))
-        index.pieces[length].update(runs(words, max(1, length // 2)))
+        index.pieces[length].update(runs(words, (length + 1) // 2))
         index.rows.append(row)
         index.words.append(words)
         index.lengths.append(length)
@@ -145,7 +145,7 @@ def may_share(
     index: Index,  # the benchmarks
 ) -> bool:  # False only if no run of this length is shared
     "Look at a few pieces; one of them lies inside every run."
-    half = max(1, length // 2)
+    half = (length + 1) // 2
     return not index.pieces[length].isdisjoint(runs(words, half, length - half + 1))
 
 
@@ -157,8 +157,9 @@ def shared_runs(
     found = {}
     for length, where in index.where.items():
         if may_share(words, length, index):
-            found[length] = where.keys() & set(runs(words, length))
-    return {length: shared for length, shared in found.items() if shared} if found else found
+            if shared := where.keys() & runs(words, length):
+                found[length] = shared
+    return found
 
 # %% ../nbs/03_decontaminate.ipynb #4d5b3c0a
 def word_spans(

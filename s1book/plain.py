@@ -9,6 +9,8 @@ __all__ = ['SIGNS', 'SAME', 'LAYOUT', 'SILENT', 'SPOKEN', 'COMMAND', 'PLAIN', 'F
 # %% ../nbs/plain.ipynb #91a10004
 import re
 import unicodedata
+from bisect import bisect
+from itertools import accumulate
 
 # %% ../nbs/plain.ipynb #91a10005
 SIGNS = "+=<>^*"   # signs that are words of their own; other punctuation only separates words
@@ -17,7 +19,7 @@ SAME |= {raised: f"^{digit}" for digit, raised in enumerate("⁰¹²³⁴⁵⁶�
 LAYOUT = r"\left \right \big \bigl \bigr \displaystyle \text \mathrm \mathbf \quad \qquad"
 SILENT = {command: "" for command in (LAYOUT + r" \frac \dfrac \tfrac").split()}
 SPOKEN = {r"\leq": "le", r"\geq": "ge", r"\cdot": "*", r"\times": "*"}
-COMMAND = re.compile(r"(\\[a-z]*)")
+COMMAND = re.compile(r"\\[a-z]*")
 
 
 class PlainCharacters(dict):
@@ -60,9 +62,7 @@ def plain_words(
     "Normalise and split for method s1book; differs from the reference, which keeps punctuation."
     plain = plain_text(text)
     if "\\" in plain:
-        parts = COMMAND.split(plain)   # every second part is a command
-        parts[1::2] = map(FORMS.__getitem__, parts[1::2])
-        plain = "".join(parts)
+        plain = COMMAND.sub(lambda found: FORMS[found[0]], plain)
     return plain.split()
 
 # %% ../nbs/plain.ipynb #91a1000a
@@ -72,7 +72,7 @@ def plain_spans(
     "Where the plain words of a text stand in it."
     plain = {character: plain_text(character) for character in set(text)}
     pieces = [plain[character] for character in text]
-    origin = [place for place, piece in enumerate(pieces) for _ in piece]
+    ends = list(accumulate(map(len, pieces)))
     found = re.finditer(r"\\[a-z]*|[^\s\\]+", "".join(pieces))
     kept = [word for word in found if word[0][0] != "\\" or FORMS[word[0]].strip()]
-    return [(origin[word.start()], origin[word.end() - 1] + 1) for word in kept]
+    return [(bisect(ends, word.start()), bisect(ends, word.end() - 1) + 1) for word in kept]

@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s1book.columns import fill_column, record_key
 from s1book.config import S1Error
 from s1book.grade import (
-    Grade, Grader, MathVerifier, answer_kind, are_correct, arrange_choices, ask_until_read, audit, boxed,
-    choice_letter, disagreements, end, extract_answer, fill_column, grade, grade_all, grade_traces, is_tower,
-    judge_grader, judge_question, math_verifier, number, read_verdict, record_key, reference, rules_grader, same_by_rule, verdicts,
+    Grade, Grader, answer_kind, are_correct, arrange_choices, audit, boxed, choice_letter, disagreements,
+    extract_answer, grade, grade_all, grade_traces, number, reference, rules_grader, same_by_rule,
 )
+from s1book.judge import ask_until_read, judge_grader, judge_question, read_verdict
+from s1book.verifier import MathVerifier, end, is_tower, math_verifier, verdicts
 
 PIECES = st.sampled_from([
     "\\boxed{", "\\fbox{", "{", "}", "\\{", "\\", "Answer:", "Final Answer:", "(B)", "B", "7", "023", "\\frac{1}{2}",

@@ -11,7 +11,8 @@ from bad_server import BadServer
 
 from s1book.config import S1Error, load_preset, read_jsonl
 from s1book.features import classify
-from s1book.grade import ask_judge, ask_until_read, grade_traces, open_grader, read_verdict
+from s1book.grade import grade_traces
+from s1book.judge import ask_judge, ask_until_read, open_grader, read_verdict
 from s1book.traces import ask_server
 
 

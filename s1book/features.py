@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from s1book.grade import (
-    Ask, Done, Grader, ask_until_read, fill_column, grade_traces, record_key,
-)
+from .columns import Done, fill_column, record_key
+from .grade import Grader, grade_traces
+from .judge import Ask, ask_until_read
 from .rubric import CLASSIFIER, RUBRIC
 
 # %% ../nbs/06_features.ipynb #44058e86

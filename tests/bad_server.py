@@ -19,11 +19,16 @@ PROMPT, REPLY = 11, 90  # tokens of every prompt and every reply
 USD_IN, USD_OUT = 1.0, 10.0  # US dollars per million
 
 
-class BadServer:
-    """`odds` maps a trouble to its probability; everything else is answered well."""
+HELD = 20.0  # seconds that a reply is held at most
 
-    def __init__(self, odds=None, seed=0, think=0.0, field="reasoning_content", echo=None):
+
+class BadServer:
+    """`odds` maps a trouble to its probability; everything else is answered well. Replies wait while
+    `hold(server)` is true, so that a test need not hope that two things happen at the same time."""
+
+    def __init__(self, odds=None, seed=0, think=0.0, field="reasoning_content", echo=None, hold=None):
         self.odds, self.seed, self.think, self.field, self.echo = odds or {}, seed, think, field, echo
+        self.hold = hold or (lambda server: False)
         self.asked, self.delivered, self.troubles = {}, {}, {}
         self.charged, self.under_way, self.peak, self.too_soon = 0.0, 0, 0, 0
         self.not_before, self.bodies, self.headers = {}, [], []
@@ -105,6 +110,9 @@ class BadServer:
         if trouble and trouble.isdigit():  # any other status; may echo what it should not
             message = json.dumps({"error": {"message": f"no {self.echo}"}})
             return self._send(writer, int(trouble), message)
+        until = time.monotonic() + HELD
+        while self.hold(self) and time.monotonic() < until:
+            await asyncio.sleep(0.005)
         await asyncio.sleep(self.think)
         self.charged += (PROMPT * USD_IN + REPLY * USD_OUT) / 1e6
         if trouble == "hang":

@@ -12,10 +12,11 @@ from hypothesis import given, strategies as st
 
 from s1book.config import S1Error, load_preset
 from s1book.decontaminate import (
-    WORDS, build_index, covered, decontaminate, evidence_frame, find_leak, find_leaks, item_words,
-    marked, may_share, plain_text, plain_words, runs, shared_runs, side_by_side, slow_verdicts,
-    source_of, stretches, word_spans, words_of, write_leaks,
+    WORDS, build_index, covered, decontaminate, find_leak, find_leaks, item_words, may_share, runs, shared_runs,
+    slow_verdicts, source_of, stretches, word_spans, words_of,
 )
+from s1book.leaks import evidence_frame, marked, side_by_side, write_leaks
+from s1book.plain import FORMS, PLAIN, SIGNS, plain_text, plain_words
 
 METHODS = ["s1", "s1-sequential", "s1book"]
 
@@ -110,6 +111,35 @@ def test_s1_sequential_gives_the_verdicts_of_the_reference(pool, benchmark, n):
 def test_s1book_gives_the_verdicts_of_its_slow_twin(pool, benchmark, n, coverage):
     leaks = decontaminate(pool_rows(pool), rows(benchmark), "s1book", n, coverage)
     assert flagged(leaks) == slow_s1book(pool, benchmark, n, coverage)
+
+
+def slow_words(text):
+    """Plain words one character and one command after the other."""
+    plain = "".join(PLAIN[ord(c)] for c in text)
+    plain = "".join(f" {c} " if c in SIGNS else c for c in plain)
+    return re.sub(r"\\[a-z]*", lambda found: f" {FORMS[found[0]]} ", plain).split()
+
+
+LATEX = st.sampled_from(["\\frac", "\\dfrac{1}", "\\leq", "\\sqrt2", "\\text{cm}", "\\", "\\\\", "\\,", "\\É", "x²", "2¼", "^{2}", "≤",
+                         "=", "+", "a", "B", "7", " ", "\n", "e\u0301", "ﬁ", "\u212a", "A)", "\0"])
+
+
+@given(st.one_of(st.text(), st.lists(LATEX, max_size=20).map("".join)))
+def test_plain_words_are_those_of_the_slow_twin(text):
+    assert plain_words(text) == slow_words(text)
+
+
+PIECES = st.lists(st.one_of(LATEX, PART), max_size=12).map(" ".join)
+CHOICES = st.sampled_from(["", " A) one B) two C) three D) four", " (A) x² (B) \\frac{1}{2} (C) 3"])
+
+
+@given(st.lists(st.tuples(PIECES, CHOICES).map("".join), min_size=1, max_size=4), st.data(), st.sampled_from([3, 5, 8]))
+def test_s1book_gives_the_verdicts_of_its_slow_twin_in_latex_unicode_and_choices(benchmark, data, n):
+    parts = st.one_of(PIECES, st.sampled_from(benchmark), st.sampled_from([item[:len(item) // 2] for item in benchmark]))
+    pool = data.draw(st.lists(st.lists(parts, max_size=3).map(" ".join), max_size=5))
+    for coverage in (0.5, 0.75):
+        leaks = decontaminate(pool_rows(pool), rows(benchmark), "s1book", n, coverage)
+        assert flagged(leaks) == slow_s1book(pool, benchmark, n, coverage)
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=20), st.lists(st.sampled_from("abc"), max_size=20), st.integers(1, 9))

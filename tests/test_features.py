@@ -88,7 +88,7 @@ from s1book.features import ask_all
 def slow(prompts, done):
     def pause(i, text):
         done(i, text)
-        time.sleep(0.01)
+        time.sleep(60 if i == 300 else 0.01)  # it is still at work when the signal comes, however late
     Model()(prompts, pause)
 ask_all(rows(400), as_is, slow, Path({path!r}), "m")
 """

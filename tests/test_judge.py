@@ -12,7 +12,8 @@ from bad_server import BadServer
 from s1book.asking import ask_server
 from s1book.config import S1Error, load_preset, read_jsonl
 from s1book.features import classify
-from s1book.grade import ask_judge, ask_until_read, grade_traces, open_grader, read_verdict
+from s1book.grade import grade_traces
+from s1book.judge import ask_judge, ask_until_read, open_grader, read_verdict
 
 
 class Talker(BadServer):
@@ -31,7 +32,7 @@ class Talker(BadServer):
 
 def preset_for(server, *more):
     """The tiny preset with its judge at the server."""
-    terms = {"url": server.url, "thinking": "none", "wait": 0.01, "timeout": 5.0, "tries": 3, "concurrency": 8}
+    terms = {"url": server.url, "thinking": "none", "wait": 0.01, "timeout": 60.0, "tries": 3, "concurrency": 8}
     return load_preset("tiny", [*(f"judge.server.{key}={value}" for key, value in terms.items()),
                                 "grade.grader=judge", "features.domain=llm", *more])
 
@@ -58,10 +59,10 @@ def verdicts(n, server, path, *more):
 
 def test_a_judge_grades_over_the_wire_and_is_never_asked_twice(tmp_path):
     wanted = [i % 2 == 1 for i in range(40)]
-    with Talker(honest) as server:
+    with Talker(honest, hold=lambda server: server.peak < 8) as server:  # no reply before eight have asked
         assert verdicts(40, server, tmp_path / "c.jsonl") == wanted
         asked = sum(server.asked.values())
-        assert asked == 40 + sum((3 + i) % 5 == 0 for i in range(40)) and server.peak > 1
+        assert asked == 40 + sum((3 + i) % 5 == 0 for i in range(40)) and server.peak == 8
         assert verdicts(40, server, tmp_path / "c.jsonl") == wanted and sum(server.asked.values()) == asked
         body = server.bodies[0]
         assert body["model"] == "judge" and body["temperature"] == 0.0
@@ -89,9 +90,8 @@ def test_an_unreadable_judge_ends_in_missing(tmp_path, reply):
 @pytest.mark.parametrize("trouble", ["500", "empty", "html", "drop"])
 def test_a_server_that_only_fails_ends_in_missing_and_recovers(tmp_path, trouble):
     with Talker(honest, {trouble: 1.0}) as server:
-        started = time.monotonic()
         assert verdicts(4, server, tmp_path / "c.jsonl") == [None] * 4
-        assert time.monotonic() - started < 30 and max(server.asked.values()) <= 3
+        assert max(server.asked.values()) <= 3
         server.odds = {}
         assert verdicts(4, server, tmp_path / "c.jsonl") == [False, True, False, True]
 
@@ -156,7 +156,7 @@ print(verdicts(200, Known, Path({path!r})))
 
 def test_a_killed_judge_goes_on_where_it_was(tmp_path):
     path = tmp_path / "c.jsonl"
-    with Talker(honest, think=0.05) as server:
+    with Talker(honest, think=0.05, hold=lambda server: len(server.asked) > 150) as server:  # it cannot finish
         code = KILLED.format(tests=str(Path(__file__).parent), url=server.url, path=str(path))
         process = subprocess.Popen([sys.executable, "-c", code])
         first, deadline = path.with_name("c.1.jsonl"), time.monotonic() + 60
@@ -164,7 +164,7 @@ def test_a_killed_judge_goes_on_where_it_was(tmp_path):
             time.sleep(0.01)
         process.kill()
         process.wait()
-        kept = len(read_jsonl(first))
+        server.hold, kept = lambda server: False, len(read_jsonl(first))
         assert 20 < kept < 200
         before = dict(server.asked)
         assert verdicts(200, server, path) == [i % 2 == 1 for i in range(200)]

@@ -13,8 +13,9 @@ import tracemalloc
 from collections import defaultdict
 
 from s1book.decontaminate import (
-    build_index, decontaminate, find_leaks, item_words, plain_words, slow_verdicts, words_of,
+    build_index, decontaminate, find_leaks, item_words, slow_verdicts, words_of,
 )
+from s1book.plain import plain_words
 from s1book.pool import first_of_each, question_hash
 
 POOL, BENCHMARK, VOCABULARY, TURNS = 59_029, 728, 30_000, 3

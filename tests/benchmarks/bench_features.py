@@ -10,7 +10,8 @@ import time
 from s1book import tiny
 from s1book.config import Run
 from s1book.engine import Continuation, Sampling, open_engine
-from s1book.grade import grade_all, math_verifier, verdicts
+from s1book.grade import grade_all
+from s1book.verifier import math_verifier, verdicts
 
 QUESTIONS, LIMIT, REPETITIONS = 4096, 96, 5
 

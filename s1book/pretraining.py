@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from .config import atomic
 from s1book.world import (
-    ALPHABET, COMPASS, DIGITS, FAMILIES, LABELS, Noted, Problem, item_word, make_problem, note,
-    pass_words, work,
+    ALPHABET, COMPASS, DIGITS, FAMILIES, LABELS, Noted, Problem, conclusion, item_word, make_problem,
+    note, pass_words, work,
 )
 
 if TYPE_CHECKING:
@@ -88,11 +88,11 @@ def fact_sheet(
     ids: dict[str, int],  # word -> token id
     easy: bool,  # early in training: mostly one item a line
 ) -> Sample:
-    "Eight unrelated lines of work and one conclusion among four options; loss on results alone."
+    "Eight unrelated lines of work, three conclusions among four options; loss on results alone."
     tokens, labels = [], []
-    for n in range(9):
-        k = rng.choices((1, 2, 3, 4), (75, 20, 5, 0) if easy else (34, 40, 22, 4))[0]
-        line = _fact(rng, k) if n < 8 else _choice(rng)
+    for n in range(11):
+        k = rng.choices((1, 2, 3, 4), (75, 20, 5, 0) if easy else (38, 40, 19, 3))[0]
+        line = _fact(rng, k) if n < 8 else _choice(rng, 2 if easy else 9)
         tokens += [ids[w] for w in line] + [ids["\n"]]
         labels += [IGNORE] * (len(line) - 1) + [ids[line[-1]], IGNORE]
     return tokens, labels
@@ -107,15 +107,15 @@ def _fact(rng: random.Random, k: int) -> tuple[str, ...]:
     return (problem.start, *items, f.tag.format(target=target), problem.result)
 
 
-def _choice(rng: random.Random) -> tuple[str, ...]:
+def _choice(rng: random.Random, far: int) -> tuple[str, ...]:
     states = rng.sample(DIGITS if rng.random() < 0.8 else COMPASS, 4)
     i = rng.randrange(4)
     options = [f"{c}){s}" for c, s in zip("ABCD", states)]
-    return (*options, *["\n"] * rng.randint(1, 9), "So", states[i], options[i])
+    return (*options, *["\n"] * rng.randint(1, far), "So", states[i], options[i])
 
 # %% ../nbs/pretraining.ipynb #f11224c3
-LESSONS = {"letters": 20, "sum": 16, "max": 6, "odd": 7,
-           "nim": 11, "product": 11, "cups": 12, "compass": 10}
+LESSONS = {"letters": 26, "sum": 20, "max": 5, "odd": 6,
+           "nim": 11, "product": 11, "cups": 14, "compass": 10}
 
 
 def document(
@@ -126,16 +126,16 @@ def document(
     "A question, passes over it in plain text, and 'Answer:' with the best result so far."
     while True:
         family = rng.choices(list(LESSONS), list(LESSONS.values()))[0]
-        problem = make_problem(family, rng.randint(3, 12), rng, rng.random() < 0.3)
+        problem = make_problem(family, min(12, rng.randint(3, 14)), rng, rng.random() < 0.3)
         if problem.question not in banned:
             break
     words = _passes(problem, rng)
-    if rng.random() < 0.35:   # broken off somewhere in the second half
-        words = words[:rng.randrange(len(words) // 2, len(words))]
-    best = words[-1].best
+    if rng.random() < 0.5:   # broken off somewhere; before the first result one can only guess
+        words = words[:rng.randrange(1, len(words))]
+    best = words[-1].best or rng.choice(FAMILIES[problem.family].states)
     words += note(["\n"], best) if words[-1].word != "\n" else []
     blank = ["\n"] * rng.choice((0, 0, 1, 2, 3, 4))   # the answer is found from a distance, too
-    words += note([*blank, "Answer:", problem.say(best), "<|endoftext|>"], best) if best else []
+    words += note([*blank, "Answer:", problem.say(best), "<|endoftext|>"], best)
     space = rng.random() < 0.5   # a chat puts tokens around a question; blank lines prepare for it
     before, after = (rng.randint(1, 16), rng.randint(1, 9)) if space else (0, 1)
     head = [ids[w] for w in ["\n"] * before + problem.question.split() + ["\n"] * after]
@@ -155,8 +155,11 @@ def _passes(problem: Problem, rng: random.Random) -> list[Noted]:
         lines = work(problem, k, rng, 0.3 if rng.random() < 0.33 else 0.0)
         for word in pass_words(problem, k, lines, words[-1].best if words else ""):
             words.append(word)
-            if word.word == "\n" and word.best and rng.random() < 0.04:
+            if word.word == "\n" and word.best and rng.random() < 0.12:
                 words += note(["Answer:", problem.say(word.best), "\n"], word.best)
+        for _ in range(rng.choice((0, 0, 0, 0, 0, 1, 1, 2))):   # says it again
+            words += note(["\n"] * rng.randint(0, 2), words[-1].best)
+            words += note([*conclusion(problem, words[-1].best), "\n"], words[-1].best)
     return words
 
 # %% ../nbs/pretraining.ipynb #2b90b1eb
@@ -175,7 +178,7 @@ class Size:
 
 
 # The 32B and the 7B of this world.
-SIZES = {"base": Size(64, 2, 4, 1200), "small": Size(48, 2, 4, 600)}
+SIZES = {"base": Size(64, 2, 4, 2400), "small": Size(48, 2, 4, 1200)}
 
 
 def make_model(
@@ -258,12 +261,12 @@ def batches(
     rng, ids, waiting = random.Random(seed), {w: i for i, w in enumerate(vocabulary())}, []
     for step in range(steps):
         if step % 2 == 0:
-            yield [fact_sheet(rng, ids, easy=step < 0.3 * steps) for _ in range(64)]
+            yield [fact_sheet(rng, ids, easy=step < 0.3 * steps) for _ in range(32)]
             continue
         if not waiting:
             many = [document(rng, ids, banned) for _ in range(256)]
             many.sort(key=lambda sample: len(sample[0]))
-            waiting = [many[i:i + 32] for i in range(0, 256, 32)]
+            waiting = [many[i:i + 16] for i in range(0, 256, 16)]
             rng.shuffle(waiting)
         yield waiting.pop()
 

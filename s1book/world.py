@@ -18,7 +18,7 @@ from typing import Any
 from .config import S1Error
 
 # %% ../nbs/world.ipynb #37387ebf
-ALPHABET = "abeilnoprsty"   # the letters of the words of this world
+ALPHABET = "abeprsty"   # the letters of the words of this world
 COMPASS = "NESW"
 DIGITS = tuple("0123456789")
 TURNS = {"R": 1, "U": 2, "L": 3}   # quarter turns to the right
@@ -127,7 +127,7 @@ def spell(
     return Problem("letters", "0", target, tuple(word))
 
 # %% ../nbs/world.ipynb #d111c6cd
-SYLLABLES = [c + v for c in "blnprst" for v in "aeioy"]
+SYLLABLES = [c + v for c in "bprst" for v in "aey"]
 
 
 def _word(n: int, rng: random.Random) -> tuple[str, ...]:

@@ -114,8 +114,8 @@ def _choice(rng: random.Random, far: int) -> tuple[str, ...]:
     return (*options, *["\n"] * rng.randint(1, far), "So", states[i], options[i])
 
 # %% ../nbs/pretraining.ipynb #f11224c3
-LESSONS = {"letters": 26, "sum": 20, "max": 5, "odd": 6,
-           "nim": 11, "product": 11, "cups": 14, "compass": 10}
+LESSONS = {"letters": 19, "sum": 20, "max": 5, "odd": 6,
+           "nim": 16, "product": 11, "cups": 14, "compass": 12}
 
 
 def document(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s1book.config import load_preset
 from s1book.pretraining import (
     IGNORE, SIZES, Composed, batches, document, fact_sheet, loss_of, make_model, make_tokenizer,
     pretrain, save_model, untrained_ids, vocabulary,
@@ -54,7 +55,7 @@ def test_pretraining_learns_and_repeats_itself_byte_for_byte(tmp_path):
     import torch
 
     torch.set_num_threads(1)
-    size, logs = replace(SIZES["small"], steps=120), []
+    size, logs = replace(SIZES["small"], steps=240), []
     for name in ("one", "two"):
         logs.append([])
         save_model(pretrain(size, 7, held_out(), logs[-1].append), tmp_path / name)
@@ -64,6 +65,12 @@ def test_pretraining_learns_and_repeats_itself_byte_for_byte(tmp_path):
     first = [loss_of(make_model(size, 7), Composed(size.hidden, 7), s).item()
              for s in batches(7, 2, held_out())]
     assert logs[0][-1]["documents"] < 0.6 * first[1]
+
+
+def test_the_preset_states_the_shape_of_the_model():
+    shape, size = load_preset("tiny").model.shape, SIZES["base"]
+    assert (shape.vocabulary, shape.layers, shape.hidden, shape.head_dim) == (
+        len(vocabulary()), size.layers, size.hidden, size.head_dim)
 
 
 def test_untrained_words_start_where_the_line_break_is():

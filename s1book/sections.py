@@ -58,7 +58,7 @@ class Pool(Section):
             ("only", ", ".join(unknown), not unknown, "names out of " + ", ".join(S1_SOURCES)),
             ("only", list(self.only), not self.only or self.source == "s1-sources",
              "nothing unless pool.source is s1-sources"),
-            ("near", self.near, self.near == 0 or self.near >= 0.5, "0, or from 0.5 to 1"),
+            ("near", self.near, self.near == 0 or self.near >= 0.6, "0, or from 0.6 to 1"),
         ]
         for key, found, fine, wanted in rules:
             if not fine:

@@ -1,6 +1,9 @@
 """Near-duplicates at the paper's size: which library finds the candidates; run by hand:
 
     python tests/benchmarks/bench_duplicates.py all      (each candidate in a process of its own)
+    python tests/benchmarks/bench_duplicates.py collect  (chapter 02's way from sixteen folders to the pool)
+
+Only rensa is a dependency of the course; the other candidates must be installed for a comparison.
 
 The pool is made up (bench_curation.texts) with planted copies: other case and commas, one word changed, two words
 added, and decoys in which only a number changed. The truth is an exact join over all pairs. A candidate proposes
@@ -13,15 +16,20 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_curation import POOL, texts
-from s1book.pool import jaccard, marks, shingles
+from datasets import Dataset, disable_progress_bars
+from s1book.pool import collect, jaccard, marks, shingles
+from s1book.sources import Store, dataset_source
 
-PLANTED, THRESHOLD, PERMUTATIONS, BANDS, SEED = 2_000, 0.8, 128, 32, 42
+disable_progress_bars()
+
+PLANTED, THRESHOLD, PERMUTATIONS, BANDS, SEED = 2_000, 0.8, 126, 42, 42
 KINDS = {
     "case and commas": lambda words, rng: ["Please:", *(w.upper() if rng.random() < 0.3 else w for w in words)],
     "one word changed": lambda words, rng: words[:-9] + ["changed"] + words[-8:],
@@ -90,8 +98,8 @@ def by_gaoya(rows, sets):
 
 def by_fastsketch(rows, sets):
     from FastSketchLSH import LSH, FastSimilaritySketch
-    sketcher = FastSimilaritySketch(size=PERMUTATIONS, seed=SEED)
-    index = LSH(num_perm=PERMUTATIONS, num_bands=BANDS, num_threads=1)
+    sketcher = FastSimilaritySketch(size=128, seed=SEED)  # it wants a power of two
+    index = LSH(num_perm=128, num_bands=32, num_threads=1)
     for i, one in enumerate(sets):
         sketch = sketcher.batch([sorted(one)])
         yield i, index.query(sketch)[0]
@@ -103,10 +111,10 @@ FINDERS = {"exact": exact, "datasketch": by_datasketch, "rensa": by_rensa, "gaoy
 
 def run(name, n):
     rows, copies = pool(n, min(PLANTED, n // 10))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     started = time.process_time()
     sets = [shingles(text) for text in rows]
     shingled = time.process_time() - started
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     pairs, proposed = set(), 0
     for i, candidates in FINDERS[name](rows, sets):
         proposed += len(candidates)
@@ -120,12 +128,35 @@ def run(name, n):
           f"{peak - before:5.0f} MiB more, {proposed:,} proposed, {len(pairs):,} pairs; {found}", flush=True)
 
 
+def collected(n):
+    """Write the rows into sixteen folders of the published shape, then read, hash and deduplicate them."""
+    rows, copies = pool(n, min(PLANTED, n // 10))
+    folder = Path(tempfile.mkdtemp())
+    for i in range(16):
+        part = [{"question": text, "solution": "s" * 400, "source_type": f"made/up{i}", "cot_type": "math"}
+                for text in rows[i::16]]
+        (folder / str(i)).mkdir()
+        Dataset.from_list(part).to_parquet(folder / str(i) / "train.parquet")
+    del part
+    for streaming in (False, True):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        started, sources = time.process_time(), [dataset_source(str(folder / str(i)), Store("", streaming))
+                                                 for i in range(16)]
+        found = collect(sources, near=THRESHOLD)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"{'streamed' if streaming else 'loaded'}: {len(rows):,} rows in, {len(found.rows):,} out, "
+              f"{len(found.pairs):,} near-duplicates, {time.process_time() - started:.1f} s, peak {peak:.0f} MiB "
+              f"({before:.0f} before)", flush=True)
+
+
 def main():
     """One candidate, or all in turn."""
     arguments = argparse.ArgumentParser()
-    arguments.add_argument("name", choices=[*FINDERS, "all"])
+    arguments.add_argument("name", choices=[*FINDERS, "all", "collect"])
     arguments.add_argument("--rows", type=int, default=POOL)
     given = arguments.parse_args()
+    if given.name == "collect":
+        return collected(given.rows)
     if given.name != "all":
         return run(given.name, given.rows)
     for name in FINDERS:

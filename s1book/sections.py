@@ -23,8 +23,31 @@ S1_SOURCES = (  # the sixteen of paper appendix C.2, in the order in which its c
     "MATH", "OlympicArena", "TheoremQA", "NuminaMath", "Omni-MATH", "SciEval", "OlympiadBench",
     "JEEBench", "AGIEval", "StatsQual", "GPQA", "XWord", "USACO", "Quant", "LiveCodeBench", "AIME")
 
+# %% ../nbs/sections.ipynb #27ea6947
+class _KnownSources(Section):
+    "A section whose sources exist, and whose threshold is one at which the search misses no pair."
 
-class Pool(Section):
+    @model_validator(mode="after")
+    def _known(self) -> "_KnownSources":
+        "Refuse the first value that chapter 02 could not use."
+        unknown = [name for name in self.only if name not in S1_SOURCES]
+        own = self.source in ("tiny", "s1-sources") or re.search(r"[/\\]", self.source)
+        rules = [
+            ("source", self.source, own,
+             "tiny, s1-sources, owner/name, or a folder with a / in its name"),
+            ("only", ", ".join(unknown), not unknown, "names out of " + ", ".join(S1_SOURCES)),
+            ("only", list(self.only), not self.only or self.source == "s1-sources",
+             "nothing unless pool.source is s1-sources"),
+            ("near", self.near, self.near == 0 or self.near >= 0.6, "0, or from 0.6 to 1"),
+        ]
+        for key, found, fine, wanted in rules:
+            if not fine:
+                raise PydanticCustomError("impossible", "{wanted}", dict(
+                    key=f"pool.{key}", found=found, wanted=wanted))
+        return self
+
+# %% ../nbs/sections.ipynb #68d9d961
+class Pool(_KnownSources):
     "Chapter 02: where the questions come from."
     source: str = Field(
         min_length=1, description="'tiny': procedural; 's1-sources': the paper's sixteen; else a "
@@ -47,26 +70,7 @@ class Pool(Section):
         default="refuse", description="a source that cannot be read stops the run, or is left out "
                                       "and reported")
 
-    @model_validator(mode="after")
-    def _known(self) -> "Pool":
-        "Refuse a source that nobody knows, and a threshold at which the search would miss pairs."
-        unknown = [name for name in self.only if name not in S1_SOURCES]
-        rules = [
-            ("source", self.source,
-             self.source in ("tiny", "s1-sources") or re.search(r"[/\\]", self.source),
-             "tiny, s1-sources, owner/name, or a folder with a / in its name"),
-            ("only", ", ".join(unknown), not unknown, "names out of " + ", ".join(S1_SOURCES)),
-            ("only", list(self.only), not self.only or self.source == "s1-sources",
-             "nothing unless pool.source is s1-sources"),
-            ("near", self.near, self.near == 0 or self.near >= 0.6, "0, or from 0.6 to 1"),
-        ]
-        for key, found, fine, wanted in rules:
-            if not fine:
-                raise PydanticCustomError("impossible", "{wanted}", dict(
-                    key=f"pool.{key}", found=found, wanted=wanted))
-        return self
-
-
+# %% ../nbs/sections.ipynb #76922032
 class Shape(Section):
     "The sizes of a Qwen2 model, needed only to estimate memory and time before anything loads."
     layers: int = Field(gt=0, description="transformer blocks")

@@ -135,7 +135,7 @@ def last_box(
         depth += {"{": 1, "}": -1}.get(text[i], 0)
     return None
 
-
+# %% ../nbs/sources.ipynb #c815583f
 def shuffled(
     rows: Iterable[dict],  # all rows of a source
     seed: int = 42,  # the released loaders' seed
@@ -154,7 +154,7 @@ def in_turns(
     turns = [seen.update([row[key]]) or seen[row[key]] for row in rows]
     return [row for _, row in sorted(zip(turns, rows, strict=True), key=lambda pair: pair[0])]
 
-# %% ../nbs/sources.ipynb #e5e28deb
+# %% ../nbs/sources.ipynb #be56c68a
 @dataclass(frozen=True)
 class Entry:
     "One of the sixteen sources: where it is, what must be there, how it is read."
@@ -204,7 +204,7 @@ def omni_row(raw: dict, rules: str) -> dict | None:
     return common(raw, raw["problem"], raw["solution"], raw.get("answer"), "KbsdJames/Omni-MATH",
                   "math", path[1] if len(path) > 1 else None)
 
-
+# %% ../nbs/sources.ipynb #a7abfe6a
 def aime_row(raw: dict, rules: str) -> dict | None:
     "qq8933/AIME_1983_2024: up to 2021 (paper), or up to 2022 (data/add_aime.py)."
     if int(raw["Year"]) > (2022 if rules == "s1" else 2021):
@@ -297,7 +297,7 @@ def choose_scieval(
         return spread_like_s1(order, size)
     return in_turns(in_turns(order, "topic"), "task_name")[:size]
 
-
+# %% ../nbs/sources.ipynb #87e555e5
 def spread_like_s1(
     order: list[dict],  # shuffled raw rows
     size: int,  # of the sample

@@ -15,6 +15,7 @@ from s1book.runner import (
 CHAPTERS = find_chapters(Path("nbs"))
 NOTEBOOKS = sorted(Path("nbs").glob("*.ipynb"))
 FOUNDATION = ["files", "sections", "settings", "style"]  # below every chapter; config hands their names on
+BESIDE = {"pool": ["sources"]}  # a reference beside a chapter: above it, below the next one
 MACHINERY = ["preflight", "card", "runner", "report", "cli"]  # above every chapter
 MODULES = sorted(p for p in Path("s1book").glob("*.py") if not p.name.startswith("_"))
 ABSOLUTE = re.compile(r"(?<![\w:/.~-])/(?:home|root|tmp|usr|Users|work|var|opt|mnt|private|srv)/|[A-Z]:\\+Users")
@@ -153,7 +154,7 @@ def test_links_lead_somewhere(path):
 
 
 def test_modules_import_only_earlier_ones():
-    order = FOUNDATION + [module_of(c.path) for c in CHAPTERS] + MACHINERY
+    order = FOUNDATION + [m for c in CHAPTERS for m in (module_of(c.path), *BESIDE.get(module_of(c.path), []))] + MACHINERY
     for i, name in enumerate(order):
         text = (Path("s1book") / f"{name}.py").read_text()
         used = {m for m in imported_modules(text) if m != name}

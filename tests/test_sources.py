@@ -123,6 +123,15 @@ def test_streaming_changes_no_row(hub):
     assert loaded == streamed
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_streaming_really_streams(tmp_path, saved):
+    from datasets import IterableDataset
+    data = Dataset.from_list([PUBLISHED])
+    data.save_to_disk(tmp_path) if saved else data.to_parquet(tmp_path / "train.parquet")
+    assert isinstance(load_rows(Part(str(tmp_path)), Store(streaming=True)), IterableDataset)
+    assert isinstance(load_rows(Part(str(tmp_path)), Store()), Dataset)
+
+
 def test_numina_keeps_the_forum_and_the_listed_rows(hub):
     rows, _ = read_source(one(hub, "NuminaMath"))
     assert sorted(row["question"] for row in rows) == [

@@ -121,10 +121,11 @@ def card_metadata(
 def shown_preset(
     preset: Preset,  # of the run
 ) -> str:  # YAML
-    "The sections of a preset that shape the data; of a local folder only its name is shown."
+    "The sections of a preset that shape the data; of local folders only their names are shown."
     parts = preset.model_dump(mode="json", include={"pool", "teacher", "decontaminate", "select"})
-    source = Path(parts["pool"]["source"])
-    parts["pool"]["source"] = source.name if source.is_absolute() else str(source)
+    for key in ("source", "folder"):
+        path = Path(parts["pool"][key])
+        parts["pool"][key] = path.name if path.is_absolute() else parts["pool"][key]
     return yaml.safe_dump({"seed": preset.seed, **parts}, sort_keys=False)
 
 # %% ../nbs/card.ipynb #ca4d0006

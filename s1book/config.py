@@ -7,7 +7,7 @@ __all__ = ['MAKERS', 'Sft', 'Preset', 'preset_names', 'preset_file', 'load_prese
            'Run', 'item_seed', 'parameters', 'train_bytes', 'kv_bytes', 'train_seconds', 'S1Error', 'PresetError',
            'append_jsonl', 'atomic', 'disk_errors', 'project_root', 'read_jsonl', 'show_path', 'PALETTE', 'STYLE',
            'use_style', 'Section', 'Pool', 'Shape', 'Model', 'Teacher', 'Decontaminate', 'Select', 'Engine', 'Budget',
-           'Evaluate', 'Launch', 'SERVERS', 'Server', 'Grade', 'Features', 'Judge']
+           'Evaluate', 'Launch', 'S1_SOURCES', 'SERVERS', 'Server', 'Grade', 'Features', 'Judge']
 
 # %% ../nbs/00_presets.ipynb #24ecaed3
 import difflib
@@ -26,8 +26,8 @@ from s1book.files import (
     S1Error, append_jsonl, atomic, damage, disk_errors, project_root, read_jsonl, show_path,
 )
 from s1book.sections import (
-    SERVERS, Budget, Decontaminate, Engine, Evaluate, Features, Grade, Judge, Launch, Model, Pool,
-    Section, Select, Server, Shape, Teacher,
+    S1_SOURCES, SERVERS, Budget, Decontaminate, Engine, Evaluate, Features, Grade, Judge, Launch,
+    Model, Pool, Section, Select, Server, Shape, Teacher,
 )
 from .settings import PresetError, read_settings
 from .style import PALETTE, STYLE, use_style
@@ -36,7 +36,7 @@ from .style import PALETTE, STYLE, use_style
 _all_ = [  # handed on from below: every other module imports these from here
     "S1Error", "PresetError", "append_jsonl", "atomic", "disk_errors", "project_root", "read_jsonl",
     "show_path", "PALETTE", "STYLE", "use_style", "Section", "Pool", "Shape", "Model", "Teacher",
-    "Decontaminate", "Select", "Engine", "Budget", "Evaluate", "Launch", "SERVERS",
+    "Decontaminate", "Select", "Engine", "Budget", "Evaluate", "Launch", "S1_SOURCES", "SERVERS",
     "Server", "Grade", "Features", "Judge"]
 
 # %% ../nbs/00_presets.ipynb #21ac31e6
@@ -170,7 +170,8 @@ def load_preset(
 # %% ../nbs/00_presets.ipynb #febcee54
 MAKERS = {  # artefact -> the chapter that writes it
     "base": "01", "small": "01", "base_log.csv": "01", "base_skill.csv": "01", "benchmarks": "01",
-    "pool.parquet": "02", "decontaminated.parquet": "03", "leaks.jsonl": "03", "traces.jsonl": "04",
+    "pool.parquet": "02", "pool_ledger.csv": "02", "near_duplicates.csv": "02",
+    "decontaminated.parquet": "03", "leaks.jsonl": "03", "traces.jsonl": "04",
     "grades.jsonl": "05", "audit.jsonl": "05", "features.parquet": "06",
     "s1k": "07", "funnel.csv": "07",
     "sft_tokens.parquet": "08", "sft": "09", "sft_log.csv": "09", "example_traces.jsonl": "11",

@@ -140,8 +140,8 @@ def test_the_card_holds_the_run(tmp_path):
 
 
 def test_no_path_of_the_machine_is_on_the_card(tmp_path):
-    _, _, body = saved(tmp_path, rows(), f"pool.source={tmp_path}/mine", "pool.size=2000")
-    assert str(tmp_path) not in body and "source: mine" in body
+    _, _, body = saved(tmp_path, rows(), f"pool.source={tmp_path}/mine", f"pool.folder={tmp_path}/copies", "pool.size=2000")
+    assert str(tmp_path) not in body and "source: mine" in body and "folder: copies" in body
 
 
 def hub_errors(readme):

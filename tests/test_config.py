@@ -55,6 +55,11 @@ def test_both_presets_train_the_papers_315_steps():
     ("sft.batch_size=12", "a multiple of micro_batch_size x devices = 16"),
     ("sft.bf16=true", "false on device cpu"),
     ("select.size=24001", "at most pool.size = 24000"),
+    ("pool.source=nowhere", 'pool.source: found "nowhere", wanted tiny, s1-sources, owner/name'),
+    ("pool.only=[MATH]", "wanted nothing unless pool.source is s1-sources"),
+    ("pool.near=0.3", "pool.near: found 0.3, wanted 0, or from 0.6 to 1"),
+    ("pool.near=1.5", "less than or equal to 1"),
+    ("pool.missing=ignore", "'refuse' or 'skip'"),
     ("select.uniform_until=1001", "at most select.size = 1000"),
     ("budget.maxima=[-1, 8]", "none below 0"),
     ("budget.maxima=[8, 8]", "rising"),
@@ -71,6 +76,12 @@ def test_both_presets_train_the_papers_315_steps():
 ])
 def test_a_bad_override_is_refused(change, words):
     assert words in refusal(change)
+
+
+def test_an_unknown_source_is_refused_with_the_names_that_exist():
+    assert 'pool.only: found "MAHT", wanted names out of MATH, OlympicArena' in refusal(
+        "pool.source=s1-sources", "pool.only=[AIME, MAHT]")
+    assert load_preset("tiny", ["pool.source=s1-sources", "pool.only=[AIME, MATH]"]).pool.only == ("AIME", "MATH")
 
 
 def test_the_sentence_names_the_override_or_the_file(tmp_path):

@@ -18,7 +18,7 @@ CHAPTERS = find_chapters(Path("nbs"))
 NOTEBOOKS = sorted(Path("nbs").glob("*.ipynb"))
 FOUNDATION = ["files", "sections", "settings", "style"]  # below every chapter; config hands their names on
 REFERENCE = {  # chapter -> what lies right below it: machinery, or what to look things up in
-    "tiny": ["world", "pretraining"], "decontaminate": ["plain"], "traces": ["client", "store"],
+    "tiny": ["world", "pretraining"], "decontaminate": ["sources", "plain"], "traces": ["client", "store"],
     "grade": ["asking", "verifier", "columns"], "features": ["judge", "rubric"]}
 MACHINERY = ["preflight", "leaks", "card", "runner", "report", "cli"]  # above every chapter
 MODULES = sorted(p for p in Path("s1book").glob("*.py") if not p.name.startswith("_"))

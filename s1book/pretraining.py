@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from .config import atomic
 from s1book.world import (
-    ALPHABET, COMPASS, DIGITS, FAMILIES, LABELS, Noted, Problem, conclusion, item_word, make_problem,
-    note, pass_words, work,
+    ALPHABET, COMPASS, DIGITS, FAMILIES, LABELS, Noted, Problem, conclusion, item_word,
+    make_problem, note, pass_words, work,
 )
 
 if TYPE_CHECKING:

@@ -123,7 +123,8 @@ def _think(problem: Problem, rng: random.Random) -> list[Noted]:
             break
         words += note(["Wait", "\n"], words[-1].best)
     best = words[-1].best
-    for _ in range(rng.choice((0, 0, 0, 0, 0, 0, 1, 1, 2)) if k == 1 else 0):   # looks again, in vain
+    again = rng.choice((0, 0, 0, 0, 0, 0, 1, 1, 2)) if k == 1 else 0
+    for _ in range(again):   # it looks again, in vain
         words += note(["Wait", "\n", *conclusion(problem, best), "\n"], best)
     return words
 

@@ -500,8 +500,8 @@ def interrupted(folder, server, how, **terms):
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     child.send_signal(how)
-    server.hold = lambda server: False
     child.communicate(timeout=60)
+    server.hold = lambda server: False   # not before: a child that hears late could finish
     return load_preset("tiny", sets)
 
 

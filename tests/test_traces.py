@@ -478,7 +478,8 @@ def test_five_thousand_requests_to_a_server_that_misbehaves(tmp_path):
 
 
 CHILD_OF_A_SERVER = """
-import json, pathlib, sys
+import json, pathlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets jobs in the background ignore it
 from s1book.config import load_preset
 from s1book.traces import collect, open_teacher, teacher_name
 preset, path = load_preset("tiny", json.loads(sys.argv[1])), pathlib.Path("traces.jsonl")

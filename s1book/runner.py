@@ -810,7 +810,8 @@ def refresh_index(
 KEPT_ONCE = """
 base_log.csv base_skill.csv benchmarks pool.parquet decontaminated.parquet leaks.jsonl traces.jsonl
 grades.jsonl features.parquet s1k funnel.csv sft_tokens.parquet sft sft_log.csv
-example_traces.jsonl run_card.json accuracy.csv scaling.csv curve.png curve.svg timings.json
+example_traces.jsonl records.jsonl
+run_card.json accuracy.csv scaling.csv curve.png curve.svg timings.json
 """.split()
 KEPT_PER_SEED = """
 records.jsonl run_card.json accuracy.csv scaling.csv sft_log.csv funnel.csv

@@ -117,7 +117,7 @@ def step_sample(
         raise ControlError(f"{row['question_hash']}: a token grows across the end of the prompt.")
     return Sample(row["question_hash"], ids, [IGNORE] * len(prompt) + ids[len(prompt):])
 
-# %% ../nbs/12_other_controls.ipynb #d4d063fd
+# %% ../nbs/12_other_controls.ipynb #22d0fc0e
 def count_down(
     prompt_ids: list[int],  # ends with the mark that opens a step
     force: Force,  # limits and tokens
@@ -130,8 +130,9 @@ def count_down(
         stops = force.stop_ids | (force.line_ends if header else frozenset())
         [reply] = yield [Continuation(prompt_ids + kept, force.max_thinking - len(kept), stops,
                                       seeded(force.sampling, len(kept)))]
-        ended = header and tuple(reply.new_ids) == answer
-        if ended or header and last and tuple(reply.new_ids) == last:
+        name = tuple(reply.new_ids) if header and reply.stop_id is not None else None
+        ended = name == answer
+        if ended or last and name == last:
             break
         kept += reply.new_ids
         ended = reply.stop_id in force.answer_stops

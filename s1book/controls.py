@@ -28,7 +28,7 @@ from .sft import fine_tune, fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# %% ../nbs/12_other_controls.ipynb #7856af0c
+# %% ../nbs/12_other_controls.ipynb #47222bd2
 class ControlError(S1Error):
     "A budget that cannot be said to a model, or a limit that means nothing."
 
@@ -48,7 +48,7 @@ class Wording:
         "A template with its number filled in."
         return template.format(n=" ".join(str(n)) if self.spelled else n)
 
-
+# %% ../nbs/12_other_controls.ipynb #9973d70e
 S1_WORDING = Wording(
     "\n\nThink for up to {n} tokens.", "\n\nThink for up to {n} steps.",
     "<|im_start|>{n} steps left\n", "\n\n",
@@ -226,7 +226,7 @@ def swept(
     found = yield from sweep(prompt, force, maxima, [0, *waits])
     return {run: fields(tokenizer, force, row, found[name]) for run, name in names.items()}
 
-# %% ../nbs/12_other_controls.ipynb #11994e5d
+# %% ../nbs/12_other_controls.ipynb #44926ac5
 def stepped(
     tokenizer: "PreTrainedTokenizerFast",  # of the step-conditional model
     force: Force,  # limits and tokens
@@ -244,7 +244,7 @@ def stepped(
         found[f"{method}/{limit}"] = fields(tokenizer, force, row, forced, steps=steps)
     return found
 
-
+# %% ../nbs/12_other_controls.ipynb #ba9409ed
 def rejected(
     tokenizer: "PreTrainedTokenizerFast",  # of the fine-tuned model
     force: Force,  # tokens and sampling

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Spent', 'ParallelError', 'samples', 'tally', 'leaders', 'credit', 'best_of', 'metered', 'Judged', 'judged',
-           'balanced', 'reward_loss', 'open_reward', 'train_reward', 'Scorer', 'widths', 'rebase', 'next_line',
-           'grown_by', 'ballots', 'sampled', 'searched', 'counted']
+           'balanced', 'reward_loss', 'open_reward', 'one_pass', 'train_reward', 'Scorer', 'widths', 'rebase',
+           'next_line', 'grown_by', 'ballots', 'sampled', 'searched', 'counted']
 
 # %% ../nbs/13_parallel.ipynb #e2cbe11e
 import math
@@ -46,7 +46,7 @@ def samples(
     replies = yield [ask_answer(prompt_ids, f, trace) for f, trace in zip(own, traces)]
     return [answered(f, trace, reply) for f, trace, reply in zip(own, traces, replies)]
 
-# %% ../nbs/13_parallel.ipynb #172d6348
+# %% ../nbs/13_parallel.ipynb #306a6ff2
 def tally(
     answers: Iterable[str | None],  # one per sample; None: no answer
     weights: Iterable[float] | None = None,  # of the samples; 1 each if not given
@@ -75,7 +75,7 @@ def credit(
     "What a fair draw among the tied answers is worth: no order of the samples changes it."
     return sum(a in right for a in tied) / len(tied) if tied else 0.0
 
-
+# %% ../nbs/13_parallel.ipynb #dbdfa1a0
 def best_of(
     answers: list[str | None],  # one per sample
     scores: list[float],  # of any scorer
@@ -168,7 +168,29 @@ def open_reward(
     logging.set_verbosity_error()  # it would tell that the head is new
     return AutoModelForTokenClassification.from_pretrained(model, num_labels=1)
 
-# %% ../nbs/13_parallel.ipynb #25a880bb
+# %% ../nbs/13_parallel.ipynb #fd6c211f
+def one_pass(
+    model: "PreTrainedModel",  # trained in place
+    data: list[Judged],  # graded traces
+    line_ends: frozenset[int],  # ids whose text ends with a line break
+    rate: float,  # learning rate at the start; it falls linearly to 0
+) -> list[float]:  # loss of each step
+    "AdamW over the data in batches of 32."
+    import torch
+
+    optimiser, losses = torch.optim.AdamW(model.parameters(), lr=rate), []
+    batches = [data[i:i + 32] for i in range(0, len(data), 32)]
+    for i, batch in enumerate(batches):
+        optimiser.param_groups[0]["lr"] = rate * (1 - i / len(batches))
+        loss = reward_loss(model, batch, line_ends)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+# %% ../nbs/13_parallel.ipynb #b41f34f2
 def train_reward(
     run: Run,  # where the model goes, and the seed
     base: str | Path,  # the model to start from
@@ -184,17 +206,8 @@ def train_reward(
     if mark.exists() and mark.read_text() == made:
         return []
     torch.manual_seed(run.preset.seed)
-    model, losses = open_reward(base).to(run.device).train(), []
-    optimiser = torch.optim.AdamW(model.parameters(), lr=run.preset.sft.learning_rate)
-    batches = [data[i:i + 32] for i in range(0, len(data), 32)]
-    for i, batch in enumerate(batches):
-        optimiser.param_groups[0]["lr"] = run.preset.sft.learning_rate * (1 - i / len(batches))
-        loss = reward_loss(model, batch, line_ends)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        losses.append(loss.item())
+    model = open_reward(base).to(run.device).train()
+    losses = one_pass(model, data, line_ends, run.preset.sft.learning_rate)
     with atomic(folder) as aside:
         model.save_pretrained(aside)
         load_tokenizer(base).save_pretrained(aside)
@@ -243,7 +256,7 @@ def widths(
         left -= shares[i]
     return shares
 
-# %% ../nbs/13_parallel.ipynb #39f03b65
+# %% ../nbs/13_parallel.ipynb #0a59d734
 def rebase(
     prompt_ids: list[int],  # ends with the opened thinking
     force: Force,  # limits and tokens; its sampling must be warm
@@ -269,7 +282,7 @@ def rebase(
     rewards = score([prompt_ids + trace.ids for trace in leaves])
     return [(answered(force, t, r), s) for t, r, s in zip(leaves, replies, rewards)]
 
-
+# %% ../nbs/13_parallel.ipynb #e349d88a
 def next_line(prompt_ids: list[int], force: Force, node: tuple, segment: str) -> Continuation:
     "The request for one more line of a trace."
     return Continuation(prompt_ids + list(node), force.max_thinking - len(node),
@@ -284,7 +297,7 @@ def grown_by(force: Force, node: tuple, reply: Any) -> tuple | Trace:
     ids += (reply.stop_id,)
     return ids if len(ids) < force.max_thinking else Trace((ids,), False)
 
-# %% ../nbs/13_parallel.ipynb #22b89537
+# %% ../nbs/13_parallel.ipynb #a3f2b4a0
 def ballots(
     tokenizer: "PreTrainedTokenizerFast",  # of the model
     force: Force,  # what was asked for
@@ -316,7 +329,7 @@ def sampled(
     return {"samples": ballots(tokenizer, force, row, found, scores, **spent,
                                read=score.read - before)}
 
-
+# %% ../nbs/13_parallel.ipynb #d8fcbd96
 def searched(
     tokenizer: "PreTrainedTokenizerFast",  # of the model
     force: Force,  # limits and sampling

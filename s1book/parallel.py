@@ -7,7 +7,8 @@ __all__ = ['Spent', 'ParallelError', 'samples', 'tally', 'leaders', 'credit', 'b
            'balanced', 'reward_loss', 'open_reward', 'one_pass', 'train_reward', 'Scorer', 'widths', 'rebase',
            'next_line', 'grown_by', 'ballots', 'sampled', 'searched', 'counted']
 
-# %% ../nbs/13_parallel.ipynb #e2cbe11e
+# %% ../nbs/13_parallel.ipynb #e374e317
+import json
 import math
 import random
 from collections.abc import Callable, Iterable
@@ -190,28 +191,28 @@ def one_pass(
         losses.append(loss.item())
     return losses
 
-# %% ../nbs/13_parallel.ipynb #b41f34f2
+# %% ../nbs/13_parallel.ipynb #87c288d4
 def train_reward(
     run: Run,  # where the model goes, and the seed
     base: str | Path,  # the model to start from
     data: list[Judged],  # graded traces
     line_ends: frozenset[int],  # ids whose text ends with a line break
     name: str = "parallel/reward",  # artefact
-) -> list[float]:  # loss of each step; empty when this very model was there
-    "Train a reward model, one pass over the data, and write it whole or not at all."
+) -> list[float]:  # loss of each step
+    "Train a reward model, unless this very one is there; it is written whole or not at all."
     import torch
 
     folder, made = run.write(name), f"{weights_hash(base)} {len(data)} {run.preset.seed}"
-    mark = folder / "made.txt"
-    if mark.exists() and mark.read_text() == made:
-        return []
+    log = folder / "training.json"
+    if log.exists() and (known := json.loads(log.read_text()))["made"] == made:
+        return known["losses"]
     torch.manual_seed(run.preset.seed)
     model = open_reward(base).to(run.device).train()
     losses = one_pass(model, data, line_ends, run.preset.sft.learning_rate)
     with atomic(folder) as aside:
         model.save_pretrained(aside)
         load_tokenizer(base).save_pretrained(aside)
-        (aside / "made.txt").write_text(made)
+        (aside / log.name).write_text(json.dumps({"made": made, "losses": losses}))
     return losses
 
 # %% ../nbs/13_parallel.ipynb #29608a0f

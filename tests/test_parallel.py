@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -177,6 +178,8 @@ def test_a_reward_model_learns_is_kept_and_reads_equal_texts_once(world, tokeniz
     together, read = score(texts), score.read
     assert read == len(data[0].ids) + 5 and together[0] == together[2]
     assert together == pytest.approx([score([t])[0] for t in texts], abs=1e-5), "padding changes nothing"
+    last = score.model(input_ids=torch.tensor([data[0].ids])).logits[0, -1, 0].sigmoid().item()
+    assert together[0] == pytest.approx(last, abs=1e-5), "a text is judged at its last token"
 
 
 def test_balanced_takes_no_more_than_there_are():

@@ -175,6 +175,7 @@ MAKERS = {  # artefact -> the chapter that writes it
     "grades.jsonl": "05", "audit.jsonl": "05", "features.parquet": "06",
     "s1k": "07", "funnel.csv": "07",
     "sft_tokens.parquet": "08", "sft": "09", "sft_log.csv": "09", "example_traces.jsonl": "11",
+    "controls": "12", "parallel": "13",
     "records.jsonl": "14", "run_card.json": "14", "accuracy.csv": "15", "scaling.csv": "16",
     "curve.png": "16", "curve.svg": "16",
 }

@@ -812,6 +812,7 @@ base_log.csv base_skill.csv benchmarks pool.parquet decontaminated.parquet leaks
 grades.jsonl features.parquet s1k funnel.csv sft_tokens.parquet sft sft_log.csv
 example_traces.jsonl records.jsonl
 run_card.json accuracy.csv scaling.csv curve.png curve.svg timings.json
+controls/table.csv parallel/table.csv
 """.split()
 KEPT_PER_SEED = """
 records.jsonl run_card.json accuracy.csv scaling.csv sft_log.csv funnel.csv

@@ -1,0 +1,202 @@
+"""Parallel scaling: votes that no order changes, widths that add up, searches that end, true bills."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s1book.budget import budget_force, make_force, seeded
+from s1book.config import Run, load_preset
+from s1book.engine import Sampling, ScriptedEngine
+from s1book.parallel import (
+    ParallelError, Scorer, balanced, best_of, credit, judged, leaders, metered, open_reward, rebase, sampled, samples,
+    searched, tally, train_reward, widths,
+)
+from s1book.world import make_problem, to_row
+
+from test_budget import FORCE, PROMPT
+from test_controls import DiceEngine, WARM, small_model, tokenizer  # noqa: F401 (fixtures)
+
+ballots = st.lists(st.tuples(st.sampled_from(["1", "2", "3", None]), st.sampled_from([0.0, 0.25, 0.5, 0.7, 1.0])), max_size=12)
+engines = st.builds(DiceEngine, st.integers(0, 10_000), st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0]))
+
+
+@given(ballots, st.randoms())
+def test_no_order_changes_a_vote(cast, rng):
+    mixed = rng.sample(cast, len(cast))
+    for winners in (lambda c: leaders(tally([a for a, _ in c])), lambda c: leaders(tally(*map(list, zip(*c)))) if c else [],
+                    lambda c: best_of([a for a, _ in c], [s for _, s in c])):
+        assert winners(cast) == winners(mixed)
+        assert None not in winners(cast) and winners(cast) == sorted(set(winners(cast)))
+
+
+@given(ballots)
+def test_votes_against_counting_by_hand(cast):
+    answers = [a for a, _ in cast]
+    counts = {a: answers.count(a) for a in answers if a is not None}
+    most = max(counts.values(), default=0)
+    tied = leaders(tally(answers))
+    assert set(tied) == {a for a, c in counts.items() if c == most}
+    draws = [float(a == "1") for a in tied] or [0.0]
+    assert credit(tied, {"1"}) == pytest.approx(sum(draws) / len(draws))
+
+
+def test_a_vote_of_two_is_worth_one_sample():
+    assert credit(leaders(tally(["1", "2"])), {"1"}) == 0.5 and credit(leaders(tally(["1", "1"])), {"1"}) == 1.0
+    assert leaders(tally(["1", None])) == ["1"] and best_of([None, "2"], [0.9, 0.1]) == ["2"] and best_of([], []) == []
+    with pytest.raises(ParallelError, match="2 answers and 1 weights"):
+        tally(["1", "2"], [1.0])
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40), st.integers(0, 64), st.sampled_from([1e-3, 0.05, 0.2, 1.0, 50.0]))
+def test_widths_add_up_and_follow_the_reward(scores, width, temperature):
+    shares = widths(scores, width, temperature)
+    assert sum(shares) == width and min(shares) >= 0 and len(shares) == len(scores)
+    top = max(scores)
+    if width:
+        assert shares[scores.index(top)] >= math.ceil(width / len(scores)), "the best has at least a fair share"
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.integers(0, 20))
+def test_widths_are_the_references_formula(scores, width):
+    """The reference's loop, with its sum over what remains (eval/rebase), as a slow twin."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    left, twin, rest = width, [0] * len(scores), order[:]
+    while rest:
+        total = sum(math.exp(scores[i] / 0.2) for i in rest)
+        share = left * math.exp(scores[rest[0]] / 0.2) / total
+        if abs(share - round(share)) < 1e-6:   # rounding up at a whole number: either way is right
+            return
+        twin[rest[0]] = min(left, math.ceil(share))
+        left -= twin[rest.pop(0)]
+    assert widths(scores, width) == twin
+
+
+@pytest.mark.parametrize("scores, width, temperature", [([], 1, 0.2), ([1.0], -1, 0.2), ([1.0], 1, 0.0)])
+def test_impossible_widths_are_refused(scores, width, temperature):
+    with pytest.raises(ParallelError, match="wanted scores"):
+        widths(scores, width, temperature)
+
+
+@settings(max_examples=150, deadline=None)
+@given(engines, st.integers(1, 6), st.integers(1, 15))
+def test_samples_are_runs_of_budget_forcing(engine, n, maximum):
+    force = replace(WARM, max_thinking=maximum)
+    [found] = engine.run([samples(PROMPT, force, n)])
+    assert len(found) == n and len({ask.sampling.seed for ask, _ in engine.log}) == 2 * n, "no seed twice"
+    for i, result in enumerate(found):
+        assert len(result.trace.ids) <= maximum and result.trace.forced_tokens == 0
+        assert seeded(seeded(force.sampling, f"sample {i}"), "answer") in [ask.sampling for ask, _ in engine.log]
+    [fewer] = DiceEngine(engine.seed, engine.stop).run([samples(PROMPT, force, max(1, n - 1))])
+    assert fewer == found[:len(fewer)], "sample i does not depend on n"
+
+
+@settings(max_examples=200, deadline=None)
+@given(engines, st.integers(1, 8), st.integers(1, 25), st.integers(0, 1000))
+def test_a_search_ends_with_as_many_leaves_as_its_width(engine, width, maximum, luck):
+    force, asked = replace(WARM, max_thinking=maximum), []
+
+    def score(texts):
+        asked.append(len(texts))
+        return [random.Random(hash((luck, *t))).random() for t in texts]
+
+    [found] = engine.run([rebase(PROMPT, force, width, score)])
+    assert len(found) == width and asked[-1] == width
+    assert all(a >= b for a, b in zip(asked[:-1], asked[1:-1])), "leaves take their branch with them"
+    thinking, answers = engine.log[:-width], engine.log[-width:]
+    assert len({ask.sampling.seed for ask, _ in thinking}) == len(thinking), "no seed twice"
+    for (result, _), (ask, _) in zip(found, answers):
+        assert len(result.trace.ids) <= maximum and (result.trace.ended or len(result.trace.ids) == maximum)
+        assert ask.ids == PROMPT + result.trace.ids + list(result.closing)
+        assert not force.stop_ids & set(result.trace.ids)
+    for ask, _ in thinking:
+        assert len(ask.ids) + ask.max_new_tokens == len(PROMPT) + maximum
+
+
+def test_a_search_grows_what_the_judge_likes():
+    """Lines are 7 or 8 and a line break; the judge likes 8, and no leaf has a 7 behind the first line."""
+    from s1book.engine import Continued
+
+    class Lines(ScriptedEngine):
+        def write(self, ask):
+            return Continued([7 + ask.sampling.seed % 2], 3)
+
+    force = replace(WARM, max_thinking=8)
+    [found] = Lines(None).run([rebase(PROMPT, force, 16, lambda texts: [float(7 not in t[len(PROMPT):]) for t in texts], 0.01)])
+    assert all(7 not in result.trace.ids[:-2] for result, _ in found)
+
+
+@settings(max_examples=150, deadline=None)
+@given(engines, st.integers(1, 5), st.integers(1, 20), st.booleans())
+def test_the_bill_is_what_the_engine_wrote(engine, width, maximum, search):
+    force, spent = replace(WARM, max_thinking=maximum), {}
+    strategy = rebase(PROMPT, force, width, lambda t: [0.5] * len(t)) if search else samples(PROMPT, force, width)
+    [billed] = engine.run([metered(strategy, spent)])
+    assert spent["sent"] == sum(len(ask.ids) for ask, _ in engine.log)
+    assert spent["generated"] == sum(len(r.new_ids) + (r.stop_id is not None) for _, r in engine.log)
+    strategy = rebase(PROMPT, force, width, lambda t: [0.5] * len(t)) if search else samples(PROMPT, force, width)
+    assert DiceEngine(engine.seed, engine.stop).run([strategy]) == [billed], "watching changes nothing"
+
+
+@pytest.mark.parametrize("bad", [dict(n=0), dict(force=FORCE), dict(force=replace(WARM, max_thinking=0))])
+def test_pointless_parallelism_is_refused(bad):
+    n, force = bad.get("n", 2), bad.get("force", WARM)
+    for strategy in (samples(PROMPT, force, n), rebase(PROMPT, force, n, len)):
+        with pytest.raises(ParallelError, match="wanted all above 0"):
+            next(strategy)
+
+
+@pytest.fixture
+def world(tmp_path, small_model, tokenizer):
+    """A run, an untrained model in a folder, and graded traces that differ in one word."""
+    folder = tmp_path / "model"
+    small_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    run = Run("tiny", load_preset("tiny", ["budget.max_thinking_tokens=12", "budget.maxima=[]", "engine.slots=8"]), tmp_path / "run")
+    rows = [to_row(make_problem("sum", 4, random.Random(i))) | {"trace": f"fours:\nSo {i % 2}", "correct": i % 2 == 1, "id": f"q{i}"}
+            for i in range(320)]
+    return run, folder, rows
+
+
+def test_a_reward_model_learns_is_kept_and_reads_equal_texts_once(world, tokenizer):
+    run, folder, rows = world
+    force = make_force(tokenizer, run.preset.budget)
+    data = judged(tokenizer, balanced(rows, 320, 0))
+    assert sum(j.right for j in data) == len(data) / 2
+    losses = train_reward(run, folder, data, force.line_ends)
+    assert len(losses) == 10 and losses[-1] < losses[0]
+    file = run.dir / "parallel/reward/model.safetensors"
+    before = file.stat().st_mtime_ns
+    assert train_reward(run, folder, data, force.line_ends) == losses and file.stat().st_mtime_ns == before
+    assert len(train_reward(run, folder, data[:64], force.line_ends)) == 2, "other data, another model"
+    score = Scorer(open_reward(run.dir / "parallel/reward"))
+    texts = [data[0].ids, data[1].ids[:5], data[0].ids]
+    together, read = score(texts), score.read
+    assert read == len(data[0].ids) + 5 and together[0] == together[2]
+    assert together == pytest.approx([score([t])[0] for t in texts], abs=1e-5), "padding changes nothing"
+    last = score.model(input_ids=torch.tensor([data[0].ids])).logits[0, -1, 0].sigmoid().item()
+    assert together[0] == pytest.approx(last, abs=1e-5), "a text is judged at its last token"
+
+
+def test_balanced_takes_no_more_than_there_are():
+    rows = [{"correct": True}] * 5 + [{"correct": False}] * 2
+    assert sorted(r["correct"] for r in balanced(rows, 100, 0)) == [False] * 2 + [True] * 2
+    assert balanced(rows, 4, 1) == balanced(rows, 4, 1)
+
+
+def test_records_of_samples_and_searches(world, small_model, tokenizer):
+    from s1book.engine import TransformersEngine
+
+    run, folder, rows = world
+    force = replace(make_force(tokenizer, run.preset.budget), sampling=Sampling(1.0, 3))
+    score = Scorer(open_reward(folder))
+    engine = TransformersEngine(small_model, 8, len(tokenizer))
+    found = engine.run([sampled(tokenizer, force, 3, score, rows[0]), searched(tokenizer, force, 3, score, rows[0])])
+    records = [found[0]["samples"], found[1]["search"]]
+    assert engine.stats.generated == sum(r["generated"] for r in records)
+    assert score.read == sum(r["read"] for r in records)
+    assert all(len(r["answers"]) == len(r["scores"]) == 3 and set(r["right"]) <= {a for a in r["answers"] if a} for r in records)

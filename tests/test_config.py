@@ -14,6 +14,8 @@ from s1book.config import (
 )
 from s1book.preflight import check_weights, doctor, estimates
 
+SIXTEEN = ["pool.source=s1-sources", "teacher.kind=openai", "features.domain=llm"]   # what they need
+
 
 def refusal(*changes, name="tiny"):
     """The sentence with which a preset is refused."""
@@ -56,6 +58,7 @@ def test_both_presets_train_the_papers_315_steps():
     ("sft.bf16=true", "false on device cpu"),
     ("select.size=24001", "at most pool.size = 24000"),
     ("pool.source=nowhere", 'pool.source: found "nowhere", wanted tiny, s1-sources, owner/name'),
+    ("pool.source=s1-sources", 'teacher.kind: found "tiny", wanted openai'),
     ("pool.only=[MATH]", "wanted nothing unless pool.source is s1-sources"),
     ("pool.near=0.3", "pool.near: found 0.3, wanted 0, or from 0.6 to 1"),
     ("pool.near=1.5", "less than or equal to 1"),
@@ -81,7 +84,7 @@ def test_a_bad_override_is_refused(change, words):
 def test_an_unknown_source_is_refused_with_the_names_that_exist():
     assert 'pool.only: found "MAHT", wanted names out of MATH, OlympicArena' in refusal(
         "pool.source=s1-sources", "pool.only=[AIME, MAHT]")
-    assert load_preset("tiny", ["pool.source=s1-sources", "pool.only=[AIME, MATH]"]).pool.only == ("AIME", "MATH")
+    assert load_preset("tiny", [*SIXTEEN, "pool.only=[AIME, MATH]"]).pool.only == ("AIME", "MATH")
 
 
 def test_the_sentence_names_the_override_or_the_file(tmp_path):
@@ -315,3 +318,14 @@ def test_the_tiny_shape_is_that_of_the_shipped_model():
     config, shape = json.loads(file.read_text()), load_preset("tiny").model.shape
     assert (config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]) == (
         shape.layers, shape.hidden, shape.vocabulary)
+
+
+@pytest.mark.parametrize("preset, changes, words", [
+    ("h100", SIXTEEN[:1], 'teacher.kind: found "recorded", wanted openai'),
+    ("h100", SIXTEEN[:2], 'features.domain: found "declared", wanted llm'),
+    ("tiny", SIXTEEN[::2], 'teacher.kind: found "tiny", wanted openai')])
+def test_the_sixteen_sources_need_a_teacher_and_a_classifier(preset, changes, words):
+    """They hold no traces, and most of them declare no domain."""
+    with pytest.raises(PresetError, match=words):
+        load_preset(preset, changes)
+    assert load_preset(preset, SIXTEEN).features.domain == "llm"

@@ -210,7 +210,8 @@ class RunFolder:
         data = project_root() / "data"
         if self.name != "tiny":  # what tiny recorded must never stand in for another preset
             return [self.dir / name, data / "reference" / self.name / name]
-        return [self.dir / name, data / "reference" / name, data / "tiny" / name]
+        packed = data / "reference" / "seeds" / "0" / f"{name}.gz"  # long records are kept once
+        return [self.dir / name, data / "reference" / name, packed, data / "tiny" / name]
 
     def _trace(self, what: str, name: str) -> None:
         "Tell the runner what this chapter reads and writes in the run that it executes."

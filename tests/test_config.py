@@ -1,5 +1,6 @@
 """Presets are refused by one sentence; files survive kills; seeds do not depend on order."""
 
+import gzip
 import json
 import random
 import subprocess
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from s1book.config import (
-    MissingArtefact, PresetError, Run, S1Error, append_jsonl, atomic, item_seed, load_preset,
-    parameters, preset_names, read_jsonl, show_path, train_seconds,
+    MissingArtefact, PresetError, Run, RunFolder, S1Error, append_jsonl, atomic, item_seed, load_preset,
+    parameters, preset_names, project_root, read_jsonl, show_path, train_seconds,
 )
 from s1book.preflight import check_weights, doctor, estimates
 
@@ -329,3 +330,29 @@ def test_the_sixteen_sources_need_a_teacher_and_a_classifier(preset, changes, wo
     with pytest.raises(PresetError, match=words):
         load_preset(preset, changes)
     assert load_preset(preset, SIXTEEN).features.domain == "llm"
+
+
+def test_packed_records_are_read_and_damaged_ones_are_refused(tmp_path):
+    path = tmp_path / "records.jsonl.gz"
+    path.write_bytes(whole := gzip.compress(b'{"i": 0}\n' * 3))
+    assert read_jsonl(path) == [{"i": 0}] * 3
+    for bad in (whole[:-9], whole[:-3] + b"xyz", b"no gzip", gzip.compress(b'{"i": 0}\n{"i"')):
+        path.write_bytes(bad)
+        with pytest.raises(S1Error, match="records.jsonl.gz"):
+            read_jsonl(path)
+        assert path.read_bytes() == bad
+
+
+def test_long_records_are_recorded_once_and_found_packed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("S1BOOK_RUN", str(tmp_path))
+    path = Run.open("tiny").read("records.jsonl")
+    assert show_path(path) == "data/reference/seeds/0/records.jsonl.gz" and show_path(path) in capsys.readouterr().out
+    assert read_jsonl(path)[0]["benchmark"]
+    assert not (project_root() / "data/reference/records.jsonl").exists()
+    for name in ("pool_ledger.csv", "near_duplicates.csv"):
+        assert Run.open("tiny").read(name).is_file()
+    assert all(".gz" not in place.name or "h100" in str(place) for place in RunFolder("h100", None, tmp_path).places("records.jsonl"))
+
+
+def test_failed_items_are_asked_anew_only_if_the_preset_says_so():
+    assert [load_preset("tiny", change).teacher.again for change in ([], ["teacher.again=true"])] == [False, True]

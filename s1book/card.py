@@ -89,7 +89,7 @@ def refused_sources(
     with open(ledger, newline="", encoding="utf-8") as file:
         return tuple(line["refused"] for line in csv.DictReader(file) if line["refused"])
 
-
+# %% ../nbs/card.ipynb #ca4d0105
 @dataclass(frozen=True)
 class CardFacts:
     "What a card says that the rows do not."

@@ -259,7 +259,7 @@ def find_leaks(
             leaks += [leak for row in some if (leak := find_leak(row, index))]
     return leaks
 
-
+# %% ../nbs/03_decontaminate.ipynb #8ef0b3a8
 def source_of(
     row: dict,  # a pool row
 ) -> str:  # e.g. "tiny/sum", "qfq/openaimath"

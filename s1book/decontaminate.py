@@ -259,14 +259,14 @@ def find_leaks(
             leaks += [leak for row in some if (leak := find_leak(row, index))]
     return leaks
 
-# %% ../nbs/03_decontaminate.ipynb #8ef0b3a8
+
 def source_of(
     row: dict,  # a pool row
 ) -> str:  # e.g. "tiny/sum", "qfq/openaimath"
     "The source that a row came from: owner and data set, without finer parts."
     return "/".join((row["source_type"] or "unknown").split("/")[:2])
 
-
+# %% ../nbs/03_decontaminate.ipynb #5c1f3d29
 def sequential_leaks(
     rows: Iterable[dict],  # pool rows with source_type
     index: Index,  # the benchmarks, method "s1-sequential"; grows by the rows that stay
@@ -284,7 +284,7 @@ def sequential_leaks(
         leaks += found
     return leaks
 
-# %% ../nbs/03_decontaminate.ipynb #5c1f3d29
+
 def decontaminate(
     rows: list[dict],  # pool rows: question_hash, question, source_type
     benchmark_rows: list[dict],  # question, benchmark, id

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['S1K_SCHEMA', 'DATA_FILE', 'CARD_FILE', 'COLUMN_NOTES', 'LICENCES', 'UNKNOWN_LICENCE', 'LIMITS', 'CARD_ROWS',
-           'CARD_ORIGIN', 'licence_of', 'source_table', 'file_hash', 'CardFacts', 'card_metadata', 'shown_preset',
-           'known_limits', 'dataset_card', 'save_dataset', 'check_saved', 'push_dataset']
+           'CARD_ORIGIN', 'licence_of', 'source_table', 'file_hash', 'refused_sources', 'CardFacts', 'card_metadata',
+           'shown_preset', 'known_limits', 'dataset_card', 'save_dataset', 'check_saved', 'push_dataset']
 
 # %% ../nbs/card.ipynb #ca4e0004
+import csv
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
@@ -81,6 +82,14 @@ def file_hash(
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def refused_sources(
+    ledger: Path,  # pool_ledger.csv
+) -> tuple[str, ...]:  # what was said when each was left out
+    "The sources that pool.missing: skip went on without."
+    with open(ledger, newline="", encoding="utf-8") as file:
+        return tuple(line["refused"] for line in csv.DictReader(file) if line["refused"])
+
+# %% ../nbs/card.ipynb #ca4d0105
 @dataclass(frozen=True)
 class CardFacts:
     "What a card says that the rows do not."
@@ -88,6 +97,7 @@ class CardFacts:
     preset: Preset  # its values, overrides applied
     steps: tuple[Step, ...]  # the account, the draw included
     inputs: dict[str, str]  # artefact -> SHA-256 of its file
+    refused: tuple[str, ...] = ()  # sources that the pool goes without, and why
 
     @classmethod
     def of(
@@ -96,9 +106,12 @@ class CardFacts:
         preset: Preset,  # its values, overrides applied
         steps: Iterable[Step],  # the account, the draw included
         inputs: Iterable[Path],  # the artefacts that the set was made from
+        ledger: Path | None = None,  # of chapter 02, which names the sources left out
     ) -> "CardFacts":
         "The facts of a run, with the hashes of its inputs."
-        return cls(name, preset, tuple(steps), {path.name: file_hash(path) for path in inputs})
+        refused = refused_sources(ledger) if ledger else ()
+        hashes = {path.name: file_hash(path) for path in inputs}
+        return cls(name, preset, tuple(steps), hashes, refused)
 
 # %% ../nbs/card.ipynb #ca4d0007
 def card_metadata(
@@ -143,7 +156,7 @@ LIMITS = {  # sentence -> whether it holds of a row
 
 def known_limits(
     rows: list[dict],  # the selected set
-    preset: Preset,  # of the run
+    facts: CardFacts,  # where they come from
 ) -> list[str]:  # one sentence each
     "What whoever trains on the set should know first."
     graded = [row["teacher_correct"] for row in rows if row["teacher_correct"] is not None]
@@ -151,8 +164,9 @@ def known_limits(
     return [
         f"{graded.count(False)} of {len(graded)} graded attempts are wrong; they stay, as in s1.",
         f"Traces have {min(lengths)} to {max(lengths)} tokens, {np.mean(lengths):.0f} on average.",
-        f"Test questions were searched for by shared runs of {preset.decontaminate.n} words; "
+        f"Test questions were searched for by shared runs of {facts.preset.decontaminate.n} words; "
         "a paraphrase passes.",
+        *(f"The pool goes without a source: {reason}." for reason in facts.refused),
         *(sentence for sentence, holds in LIMITS.items() if any(map(holds, rows))),
     ]
 
@@ -245,7 +259,7 @@ def dataset_card(
         domains=hows, hows=sorted(set().union(*hows.values())),
         totals=sum(hows.values(), Counter()), steps=facts.steps, columns=COLUMN_NOTES,
         inputs=facts.inputs, name=facts.name, preset=shown_preset(facts.preset),
-        sources=source_table(rows), limits=known_limits(rows, facts.preset))
+        sources=source_table(rows), limits=known_limits(rows, facts))
     return str(card).rstrip() + "\n"
 
 # %% ../nbs/card.ipynb #ca4d0013

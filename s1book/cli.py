@@ -236,3 +236,8 @@ def main(
         where = f" ({show_path(Path(error.filename))})" if isinstance(error.filename, str) else ""
         typer.echo(f"s1book: {error.strerror or error}{where}", err=True)
         sys.exit(1)
+
+# %% ../nbs/cli.ipynb #58287b47
+if __name__ == "__main__" and "__file__" in globals():   # python -m s1book.cli; no notebook
+    main()
+

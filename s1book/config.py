@@ -108,6 +108,17 @@ def _bad_lists(
     if not all(0 <= b < 1 for b in p.sft.betas):
         yield "sft.betas", list(p.sft.betas), "two numbers from 0 up to, not including, 1"
 
+
+def _unsupplied(
+    p: "Preset",  # a preset whose single values are all valid
+) -> Iterator[tuple[str, Any, str]]:  # key, what was found, what is wanted
+    "What the paper's sixteen sources do not bring along, and somebody else must supply."
+    if p.pool.source == "s1-sources" and p.teacher.kind != "openai":
+        yield "teacher.kind", p.teacher.kind, "openai: pool.source s1-sources has no traces"
+    if p.pool.source == "s1-sources" and p.features.domain != "llm":
+        yield ("features.domain", p.features.domain,
+               "llm: most sources of pool.source s1-sources declare no domain")
+
 # %% ../nbs/00_presets.ipynb #b9c68b3c
 class Preset(Section):
     "Everything that may differ between two runs. Same preset, same code, same machine: same bytes."
@@ -135,7 +146,7 @@ class Preset(Section):
     @model_validator(mode="after")
     def _possible(self) -> "Preset":
         "Refuse the first impossible combination."
-        for key, found, wanted in (*_bad_lists(self), *_conflicts(self)):
+        for key, found, wanted in (*_bad_lists(self), *_conflicts(self), *_unsupplied(self)):
             raise PydanticCustomError("impossible", "{wanted}",
                                       dict(key=key, found=found, wanted=wanted))
         return self
@@ -200,7 +211,8 @@ class RunFolder:
         data = project_root() / "data"
         if self.name != "tiny":  # what tiny recorded must never stand in for another preset
             return [self.dir / name, data / "reference" / self.name / name]
-        return [self.dir / name, data / "reference" / name, data / "tiny" / name]
+        packed = data / "reference" / "seeds" / "0" / f"{name}.gz"  # long records are kept once
+        return [self.dir / name, data / "reference" / name, packed, data / "tiny" / name]
 
     def _trace(self, what: str, name: str) -> None:
         "Tell the runner what this chapter reads and writes in the run that it executes."

@@ -7,9 +7,11 @@ __all__ = ['S1Error', 'project_root', 'show_path', 'disk_errors', 'atomic', 'rea
 
 # %% ../nbs/files.ipynb #d307ba6b
 import errno
+import gzip
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,17 +96,22 @@ def _lines(
 ) -> Iterator[tuple[int, int, bytes]]:  # number from 1, first byte, the line with its newline
     "The lines of a file with where they are."
     start = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            yield number, start, line
-            start += len(line)
+    packed = path.suffix == ".gz"
+    try:
+        with (gzip.open if packed else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                yield number, start, line
+                start += len(line)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise S1Error(f"{show_path(path)}: found a broken gzip file ({error}), "
+                      "wanted a whole one; restore it from git.") from None
 
 
 def read_jsonl(
-    path: Path,  # one JSON object per line
+    path: Path,  # one JSON object per line; packed if its name ends in .gz
 ) -> list[dict]:
     "Read records. A torn last line (killed while writing) is cut off; any other is an error."
-    records = []
+    records, path = [], Path(path)
     for number, start, line in _lines(path):
         try:
             record = json.loads(line)
@@ -112,7 +119,7 @@ def read_jsonl(
                 raise ValueError("not an object")
             records.append(record)
         except ValueError:
-            if line.endswith(b"\n"):
+            if line.endswith(b"\n") or path.suffix == ".gz":   # nobody appends to a packed file
                 raise S1Error(f"{show_path(path)}, line {number}: found {line[:40]!r}, "
                               "wanted a JSON object; delete the file and run the chapter "
                               "that makes it again.") from None
@@ -164,5 +171,7 @@ def damage(
         return "it does not begin and end as a Parquet file does"
     if path.suffix in (".jsonl", ".json") and head.lstrip()[:1] not in (b"{", b"["):
         return "it does not begin as JSON does"
+    if path.suffix == ".gz" and head[:2] != b"\x1f\x8b":
+        return "it does not begin as a gzip file does"
     png = path.suffix == ".png" and head != b"\x89PNG\r\n\x1a\n"
     return "it does not begin as a PNG does" if png else ""

@@ -158,6 +158,8 @@ class Teacher(Section):
     model: str = Field(min_length=1, description="name of the teacher, kept with every trace")
     temperature: float = Field(ge=0, description="sampling temperature of a server teacher")
     server: Server = Field(description="where a server teacher is, and on which terms it is asked")
+    again: bool = Field(
+        default=False, description="true: ask anew what failed for good in an earlier run")
 
 # %% ../nbs/sections.ipynb #acac8ae7
 class Grade(Section):

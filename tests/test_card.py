@@ -17,9 +17,10 @@ import yaml
 
 from s1book.card import (
     CARD_FILE, COLUMN_NOTES, DATA_FILE, LICENCES, S1K_SCHEMA, CardFacts, card_metadata, licence_of, push_dataset,
-    save_dataset, source_table,
+    dataset_card, save_dataset, source_table,
 )
 from s1book.config import S1Error, load_preset
+from s1book.pool import COLUMNS, Source, collect, write_account
 from s1book.select import BY_BENCHMARK, DRAWN, PICK, WHOLE_POOL, Step
 
 # What the hub accepts, from its documentation (dataset cards; licences; task names).
@@ -287,3 +288,16 @@ def test_the_recorded_set_is_such_a_folder():
     recorded = pq.read_table(folder / DATA_FILE)
     assert recorded.schema.equals(S1K_SCHEMA) and recorded.num_rows == 1000
     assert not hub_errors((folder / CARD_FILE).read_text(encoding="utf-8"))
+
+
+def test_the_card_names_the_sources_that_the_pool_goes_without(tmp_path):
+    """A pool collected with pool.missing: skip announces it: a cheaper path is never silent."""
+    raws = [{"q": "one"}]
+    mapper = lambda raw: {name: None for name in COLUMNS} | {"question": raw["q"]}
+    there = Source("there", lambda: raws, ("q",), mapper)
+    found = collect([there, Source("changed", lambda: raws, ("question",), mapper)], missing="skip")
+    write_account(found, ledger := tmp_path / "pool_ledger.csv", tmp_path / "pairs.csv")
+    for path, lacks in ((ledger, True), (None, False)):
+        facts = CardFacts.of("tiny", load_preset("tiny"), [], [], path)
+        card = dataset_card(rows(), facts)
+        assert ("The pool goes without a source: source changed: column question is missing." in card) == lacks

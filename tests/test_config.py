@@ -1,5 +1,6 @@
 """Presets are refused by one sentence; files survive kills; seeds do not depend on order."""
 
+import gzip
 import json
 import random
 import subprocess
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from s1book.config import (
-    MissingArtefact, PresetError, Run, S1Error, append_jsonl, atomic, item_seed, load_preset,
-    parameters, preset_names, read_jsonl, show_path, train_seconds,
+    MissingArtefact, PresetError, Run, RunFolder, S1Error, append_jsonl, atomic, item_seed, load_preset,
+    parameters, preset_names, project_root, read_jsonl, show_path, train_seconds,
 )
 from s1book.preflight import check_weights, doctor, estimates
+
+SIXTEEN = ["pool.source=s1-sources", "teacher.kind=openai", "features.domain=llm"]   # what they need
 
 
 def refusal(*changes, name="tiny"):
@@ -56,6 +59,7 @@ def test_both_presets_train_the_papers_315_steps():
     ("sft.bf16=true", "false on device cpu"),
     ("select.size=24001", "at most pool.size = 24000"),
     ("pool.source=nowhere", 'pool.source: found "nowhere", wanted tiny, s1-sources, owner/name'),
+    ("pool.source=s1-sources", 'teacher.kind: found "tiny", wanted openai'),
     ("pool.only=[MATH]", "wanted nothing unless pool.source is s1-sources"),
     ("pool.near=0.3", "pool.near: found 0.3, wanted 0, or from 0.6 to 1"),
     ("pool.near=1.5", "less than or equal to 1"),
@@ -81,7 +85,7 @@ def test_a_bad_override_is_refused(change, words):
 def test_an_unknown_source_is_refused_with_the_names_that_exist():
     assert 'pool.only: found "MAHT", wanted names out of MATH, OlympicArena' in refusal(
         "pool.source=s1-sources", "pool.only=[AIME, MAHT]")
-    assert load_preset("tiny", ["pool.source=s1-sources", "pool.only=[AIME, MATH]"]).pool.only == ("AIME", "MATH")
+    assert load_preset("tiny", [*SIXTEEN, "pool.only=[AIME, MATH]"]).pool.only == ("AIME", "MATH")
 
 
 def test_the_sentence_names_the_override_or_the_file(tmp_path):
@@ -315,3 +319,40 @@ def test_the_tiny_shape_is_that_of_the_shipped_model():
     config, shape = json.loads(file.read_text()), load_preset("tiny").model.shape
     assert (config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]) == (
         shape.layers, shape.hidden, shape.vocabulary)
+
+
+@pytest.mark.parametrize("preset, changes, words", [
+    ("h100", SIXTEEN[:1], 'teacher.kind: found "recorded", wanted openai'),
+    ("h100", SIXTEEN[:2], 'features.domain: found "declared", wanted llm'),
+    ("tiny", SIXTEEN[::2], 'teacher.kind: found "tiny", wanted openai')])
+def test_the_sixteen_sources_need_a_teacher_and_a_classifier(preset, changes, words):
+    """They hold no traces, and most of them declare no domain."""
+    with pytest.raises(PresetError, match=words):
+        load_preset(preset, changes)
+    assert load_preset(preset, SIXTEEN).features.domain == "llm"
+
+
+def test_packed_records_are_read_and_damaged_ones_are_refused(tmp_path):
+    path = tmp_path / "records.jsonl.gz"
+    path.write_bytes(whole := gzip.compress(b'{"i": 0}\n' * 3))
+    assert read_jsonl(path) == [{"i": 0}] * 3
+    for bad in (whole[:-9], whole[:-3] + b"xyz", b"no gzip", gzip.compress(b'{"i": 0}\n{"i"')):
+        path.write_bytes(bad)
+        with pytest.raises(S1Error, match="records.jsonl.gz"):
+            read_jsonl(path)
+        assert path.read_bytes() == bad
+
+
+def test_long_records_are_recorded_once_and_found_packed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("S1BOOK_RUN", str(tmp_path))
+    path = Run.open("tiny").read("records.jsonl")
+    assert show_path(path) == "data/reference/seeds/0/records.jsonl.gz" and show_path(path) in capsys.readouterr().out
+    assert read_jsonl(path)[0]["benchmark"]
+    assert not (project_root() / "data/reference/records.jsonl").exists()
+    for name in ("pool_ledger.csv", "near_duplicates.csv"):
+        assert Run.open("tiny").read(name).is_file()
+    assert all(".gz" not in place.name or "h100" in str(place) for place in RunFolder("h100", None, tmp_path).places("records.jsonl"))
+
+
+def test_failed_items_are_asked_anew_only_if_the_preset_says_so():
+    assert [load_preset("tiny", change).teacher.again for change in ([], ["teacher.again=true"])] == [False, True]

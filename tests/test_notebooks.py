@@ -161,7 +161,7 @@ def test_modules_import_only_earlier_ones():
         assert used <= allowed, f"{name} imports {used - allowed}, which come later"
 
 
-@pytest.mark.parametrize("name", [name for names in REFERENCE.values() for name in names])
+@pytest.mark.parametrize("name", [*(name for names in REFERENCE.values() for name in names), "leaks"])
 def test_reference_notebooks_run(name):
     """Their worked examples hold; no runner executes them, and so a test does."""
     names = {"__name__": "__main__"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from s1book.runner import (
     expected_seconds, find_chapter, find_chapters, imported_modules, inputs, load_stamp, locked,
     package_digest, read_notebook, readme, refresh_badges, run_course, with_badge, with_outputs,
 )
+from bad_server import BadServer
 from small_course import write_chapter
 
 FIRST = 'run.write("numbers.txt").write_text(f"{run.preset.seed} 2 3")'
@@ -427,3 +429,24 @@ def test_the_readme_keeps_outputs_and_drops_hidden_code(tmp_path):
     text = readme(tmp_path / "index.ipynb")
     assert "| a |\n|---|" in text and "secret" not in text and "silent" not in text
     assert "[pool](nbs/02_pool.ipynb) and [paper](data/x.csv)" in text
+
+
+ASKING = """
+from s1book.config import Server
+from s1book.asking import ask_server
+from s1book.store import live_line
+server = Server(like="vllm", url=URL, concurrency=2, usd_in=1.0, usd_out=10.0)
+jobs = {str(i): [{"role": "user", "content": f"question {i}"}] for i in range(14)}
+ask_server(jobs, server, "m", run.write("asked.jsonl"), show=live_line())
+"""
+
+
+def test_the_progress_of_a_long_stage_reaches_whoever_runs_the_course(course, monkeypatch):
+    """Fourteen questions to a slow server: how far, what it cost, how long still."""
+    monkeypatch.setattr("s1book.runner.LOOK", 0.2)
+    with BadServer(think=0.5) as server:
+        write_chapter(course.root, "01_second", ASKING.replace("URL", repr(server.url)))
+        said = course()
+    told = re.findall(r"\n +(\d+) of 14 asked, 0 failed, 0\.\d\d US dollars, about [\d,]+ \w+ left \.\.\. ", said)
+    assert len(told) >= 2 and told == sorted(set(told), key=int)
+    assert "done in" in said.rstrip().splitlines()[-1]

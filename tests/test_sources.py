@@ -48,7 +48,7 @@ def hub(tmp_path_factory):
 
 
 def section(hub, *changes):
-    return load_preset("tiny", ["pool.source=s1-sources", f"pool.folder={hub}", *changes]).pool
+    return load_preset("tiny", ["pool.source=s1-sources", "teacher.kind=openai", "features.domain=llm", f"pool.folder={hub}", *changes]).pool
 
 
 def one(hub, name, *changes):

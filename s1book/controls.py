@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .budget import Force, Forced, Trace, answered, ask_answer, make_force, seeded, sweep
+from s1book.budget import (
+    Force, Forced, Trace, answered, ask_answer, make_force, seeded, sweep, whole_answer,
+)
 from .config import Preset, Run, S1Error, append_jsonl, atomic, read_jsonl
 from .engine import Continuation, Continued, Strategy, open_engine
 from s1book.format import (
@@ -206,8 +208,7 @@ def fields(
     **more: Any,  # further fields
 ) -> dict:
     "The measured fields of a run, graded."
-    opened = () if forced.trace.ended else force.final_answer
-    answer = tokenizer.decode([*opened, *forced.answer_ids])
+    answer = tokenizer.decode(whole_answer(force, forced))
     return {"thinking_tokens": len(forced.trace.ids), "natural": forced.trace.ended,
             "correct": grade(row, answer).correct is True, **more}
 

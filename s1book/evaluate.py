@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .budget import Force, Forced, make_force, sweep
+from .budget import Force, Forced, make_force, sweep, whole_answer
 from .config import Preset, Run, S1Error, append_jsonl, atomic, read_jsonl
 from .engine import Continuation, Engine, Progress, Strategy, open_engine
 from .format import S1, chat_ids, prompt_ids, text_ids
@@ -85,12 +85,11 @@ def thought(
 ) -> dict:  # the measured fields of a record
     "A record of budget forcing; the answer begins with a 'Final Answer:' that we wrote."
     trace = result.trace
-    opened = () if trace.ended else force.final_answer
     return {"prompt_tokens": prompt_tokens, "thinking_tokens": len(trace.ids),
             "answer_tokens": len(result.answer_ids), "forced_tokens": trace.forced_tokens,
             "waits": trace.waits, "end_reason": trace.end_reason,
             "text": decoded(tokenizer, trace.ids),
-            "answer_text": decoded(tokenizer, [*opened, *result.answer_ids])}
+            "answer_text": decoded(tokenizer, whole_answer(force, result))}
 
 # %% ../nbs/14_evaluate.ipynb #e8fc99de
 def think(

@@ -14,12 +14,12 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .budget import Force, Trace, answered, ask_answer, seeded
+from .budget import Force, Trace, answered, ask_answer, seeded, whole_answer
 from .config import Run, S1Error, atomic
 from .controls import weights_hash
-from .engine import Continuation, Strategy
+from .engine import Continuation, Continued, Strategy
 from .format import load_tokenizer, prompt_ids, text_ids
 from .grade import grade
 
@@ -284,13 +284,22 @@ def rebase(
     return [(answered(force, t, r), s) for t, r, s in zip(leaves, replies, rewards)]
 
 # %% ../nbs/13_parallel.ipynb #e349d88a
-def next_line(prompt_ids: list[int], force: Force, node: tuple, segment: str) -> Continuation:
+def next_line(
+    prompt_ids: list[int],  # ends with the opened thinking
+    force: Force,  # limits and sampling
+    node: tuple[int, ...],  # the trace so far
+    segment: str,  # names this line's random numbers
+) -> Continuation:
     "The request for one more line of a trace."
     return Continuation(prompt_ids + list(node), force.max_thinking - len(node),
                         force.stop_ids | force.line_ends, seeded(force.sampling, segment))
 
 
-def grown_by(force: Force, node: tuple, reply: Any) -> tuple | Trace:
+def grown_by(
+    force: Force,  # limits and tokens
+    node: tuple[int, ...],  # the trace so far
+    reply: Continued,  # its next line
+) -> tuple[int, ...] | Trace:
     "A node with one more line; a trace when the model or the maximum ended it."
     ids = node + tuple(reply.new_ids)
     if reply.stop_id is None or reply.stop_id in force.stop_ids:
@@ -308,8 +317,7 @@ def ballots(
     **more: int,  # token counts
 ) -> dict:  # answers, right, scores, and the counts
     "What a vote needs to know, graded."
-    graded = [grade(row, tokenizer.decode([*(() if f.trace.ended else force.final_answer),
-                                           *f.answer_ids])) for f in found]
+    graded = [grade(row, tokenizer.decode(whole_answer(force, f))) for f in found]
     return {"answers": [g.extracted for g in graded], "scores": scores,
             "right": sorted({g.extracted for g in graded if g.correct}), **more}
 
@@ -325,10 +333,8 @@ def sampled(
     own = replace(force, sampling=seeded(force.sampling, row["id"]))
     prompt, spent = prompt_ids(tokenizer, row["question"]), {}
     found = yield from metered(samples(prompt, own, n), spent)
-    before = score.read
-    scores = score([prompt + f.trace.ids for f in found])
-    return {"samples": ballots(tokenizer, force, row, found, scores, **spent,
-                               read=score.read - before)}
+    scores = counted(score, read := [])([prompt + f.trace.ids for f in found])
+    return {"samples": ballots(tokenizer, force, row, found, scores, **spent, read=sum(read))}
 
 # %% ../nbs/13_parallel.ipynb #d8fcbd96
 def searched(
@@ -348,7 +354,10 @@ def searched(
                               read=sum(read))}
 
 
-def counted(score: Scorer, read: list[int]) -> Callable[[list[list[int]]], list[float]]:
+def counted(
+    score: Scorer,  # shared by all questions
+    read: list[int],  # gets the tokens that each call has read
+) -> Callable[[list[list[int]]], list[float]]:
     "A scorer whose calls of one question are counted apart from those of others."
     def ask(texts: list[list[int]]) -> list[float]:
         before = score.read

@@ -11,9 +11,10 @@ __all__ = ['SPECIALS', 'PROSE', 'TEMPLATE', 'IGNORE', 'Sample', 'LESSONS', 'SIZE
 import multiprocessing
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from .config import atomic
@@ -361,10 +362,11 @@ def save_model(
 
 # %% ../nbs/pretraining.ipynb #a1f0c3d2
 def train_or_keep(
-    name: str,  # of SIZES
+    name: str,  # of the model
+    size: Size,  # shape and length
     folder: Path,  # gets the folder NAME/ and NAME_log.csv
     seed: int,  # of weights and text
-    banned: frozenset[str] = frozenset(),  # questions that must not occur
+    banned: frozenset[str],  # questions that must not occur
 ) -> list[dict]:  # the log: mean losses of every 60 steps
     "Train a base model into a folder, unless a finished one lies there."
     import pandas as pd
@@ -375,7 +377,7 @@ def train_or_keep(
         return pd.read_csv(log).to_dict("records")
     torch.set_num_threads(1)
     rows: list[dict] = []
-    save_model(pretrain(SIZES[name], seed, banned, rows.append), folder / name)
+    save_model(pretrain(size, seed, banned, rows.append), folder / name)
     with atomic(log) as aside:
         pd.DataFrame(rows).to_csv(aside, index=False)
     return rows
@@ -385,9 +387,10 @@ def train_side_by_side(
     folder: Path,  # gets a folder and a log for each of SIZES
     seed: int,  # of weights and text
     banned: frozenset[str] = frozenset(),  # questions that must not occur
+    sizes: Mapping[str, Size] = MappingProxyType(SIZES),  # which models
 ) -> dict[str, list[dict]]:  # name -> log
-    "Train all of SIZES at once, one process each; a model that exists already is kept."
-    tasks = [(name, folder, seed, banned) for name in SIZES]
+    "Train several models at once, one process each; one that exists already is kept."
+    tasks = [(name, size, folder, seed, banned) for name, size in sizes.items()]
     with multiprocessing.get_context("spawn").Pool(len(tasks)) as pool:
-        return dict(zip(SIZES, pool.starmap(train_or_keep, tasks, chunksize=1)))
+        return dict(zip(sizes, pool.starmap(train_or_keep, tasks, chunksize=1)))
 

@@ -233,6 +233,22 @@ def test_punctuation_and_layout_do_not_matter(words, glue):
     assert plain_words(text) == [word.lower() for word in words]
 
 
+SCRAPS = ["$", "$$", "\\", "\\(", "\\]", "{", "}", "\\frac", "\\frac{", "\\text{", "\\left(", "^{", "_", "1", "1{,}", "-", "/",
+          "\\begin{align}", "\u0301", "[asy]", "%", "é", "\\'", "<b", "`", "\\\\"]
+NEIGHBOURS = st.lists(st.lists(st.sampled_from(SCRAPS), max_size=6).map(" ".join), min_size=4, max_size=4)
+
+
+@given(NEIGHBOURS, NEIGHBOURS, st.lists(st.booleans(), min_size=4, max_size=4))
+def test_questions_read_together_are_judged_as_alone(before, after, leaked):
+    """Half a formula at the end of one question hides nothing in the next."""
+    item = "A train leaves the station seven hours before noon and carries twelve crates of apples to the city"
+    index = build_index([{"question": item, "benchmark": "b", "id": "1"}], method="s1book")
+    rows = [{"question_hash": str(i), "source_type": "x", "question": f"{head} {item if leak else ''} {tail}"}
+            for i, (head, tail, leak) in enumerate(zip(before, after, leaked))]
+    alone = [leak for row in rows if (leak := find_leak(row, index))]
+    assert find_leaks(rows, index) == alone and len(alone) >= sum(leaked)
+
+
 @pytest.mark.parametrize("one, other", [
     (r"$\dfrac{1}{2}$", "1/2"), (r"\frac{a}{b}", r"\tfrac{a}{b}"), (r"x^{2}", "x^2"), (r"x_{1}", "$x_1$"),
     (r"\left( a+b \right)", "(a + b)"), (r"a \leq b", "a ≤ b"), (r"a \le b", "a ≤ b"), (r"2 \cdot 3", "2 × 3"),

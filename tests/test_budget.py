@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s1book.budget import Force, ForceError, Forced, Trace, budget_force, closing, cut, make_force, rounds, sweep, up_to
+from s1book.budget import Force, ForceError, Forced, Trace, budget_force, closing, cut, make_force, rounds, sweep, up_to, whole_answer
 from s1book.config import load_preset
 from s1book.engine import Continuation, Sampling, ScriptedEngine, TransformersEngine
 
@@ -222,3 +222,9 @@ def test_forced_is_plain_data():
     result = Forced(Trace(((7,), (4,), (8,)), True), (1,), (9,), True)
     assert hash(result) and result.trace.end_reason == "natural" and result.trace.ids == [7, 4, 8]
     assert replace(result.trace, ended=False).end_reason == "maximum"
+
+
+@pytest.mark.parametrize("ended, whole", [(True, [7, 8]), (False, [FINAL, 7, 8])])
+def test_a_grader_sees_the_final_answer_that_we_wrote_and_no_other(ended, whole):
+    trace = Trace(((9,),), ended)
+    assert whole_answer(FORCE, Forced(trace, closing(FORCE, trace), (7, 8), True)) == whole

@@ -241,9 +241,9 @@ NEIGHBOURS = st.lists(st.lists(st.sampled_from(SCRAPS), max_size=6).map(" ".join
 @given(NEIGHBOURS, NEIGHBOURS, st.lists(st.booleans(), min_size=4, max_size=4))
 def test_questions_read_together_are_judged_as_alone(before, after, leaked):
     """Half a formula at the end of one question hides nothing in the next."""
-    item = "A train leaves the station seven hours before noon and carries twelve crates of apples to the city"
+    item = "Seven trains carry twelve crates of green apples"   # one run of eight words
     index = build_index([{"question": item, "benchmark": "b", "id": "1"}], method="s1book")
-    rows = [{"question_hash": str(i), "source_type": "x", "question": f"{head} {item if leak else ''} {tail}"}
+    rows = [{"question_hash": str(i), "source_type": "x", "question": f"{head} {item if leak else ''} {tail}".strip()}
             for i, (head, tail, leak) in enumerate(zip(before, after, leaked))]
     alone = [leak for row in rows if (leak := find_leak(row, index))]
     assert find_leaks(rows, index) == alone and len(alone) >= sum(leaked)

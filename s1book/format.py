@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['S1', 'IGNORE', 'load_tokenizer', 'FormatError', 'Delimiters', 'plain', 'text_ids', 'chat_text', 'chat_ids',
            'prompt_ids', 'answer_text', 'Piece', 'pieces', 'Sample', 'tokenize_row', 'token_roles', 'mask_html',
-           'Formatted', 'tokenize_rows', 'save_samples']
+           'Formatted', 'cut_right', 'tokenize_rows', 'save_samples']
 
 # %% ../nbs/08_format.ipynb #e23c859f
 import html
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .config import S1Error, atomic
 
@@ -199,23 +199,36 @@ class Formatted:
     "A formatted set, and what did not fit."
     samples: tuple[Sample, ...]  # in the order of the rows
     too_long: dict[str, int]  # question_hash -> tokens of a dropped sample
+    cut: dict[str, int] = field(default_factory=dict)  # the same for one that lost its end
+
+
+def cut_right(
+    sample: Sample,  # any length
+    max_length: int,  # tokens that are kept
+) -> Sample:
+    "The first tokens of a sample; what falls away is its end (train/sft.py, paper Table 8)."
+    return Sample(sample.question_hash, sample.input_ids[:max_length], sample.labels[:max_length])
 
 
 def tokenize_rows(
     rows: Iterable[Mapping],  # question_hash, question, trace, attempt each
     tokenizer: "PreTrainedTokenizerFast",  # with a chat template
-    max_length: int,  # tokens; longer samples are dropped, never cut
+    max_length: int,  # tokens
     delimiters: Delimiters = S1,  # the marks between the parts
+    truncate: Literal["drop", "right"] = "drop",  # what happens to a longer sample
 ) -> Formatted:
     "Format a set. Differs from the paper: too long a sample is dropped and counted, not cut."
     samples = [tokenize_row(tokenizer, row, delimiters) for row in rows]
-    sizes = {s.question_hash: len(s.input_ids) for s in samples}
-    too_long = {name: size for name, size in sizes.items() if size > max_length}
-    kept = tuple(s for s in samples if s.question_hash not in too_long)
+    short = [cut_right(s, max_length) if truncate == "right" else s for s in samples]
+    kept = tuple(s for s in short if len(s.input_ids) <= max_length
+                 and s.labels.count(IGNORE) < len(s.labels))
+    names = {s.question_hash for s in kept}
+    long = {s.question_hash: len(s.input_ids) for s in samples if len(s.input_ids) > max_length}
     if not kept:
         raise FormatError(f"found no sample of at most {max_length} tokens among {len(samples)}, "
                           "wanted at least one; raise sft.max_length.")
-    return Formatted(kept, too_long)
+    return Formatted(kept, {n: size for n, size in long.items() if n not in names},
+                     {n: size for n, size in long.items() if n in names})
 
 # %% ../nbs/08_format.ipynb #1614cdb2
 def save_samples(

@@ -101,7 +101,7 @@ def watch(
                     raise TrainingError(
                         f"Training stopped at step {state.global_step}: {key}: found {value:.4g}, "
                         f"wanted a finite number of at most {most:.4g}; nothing was saved. "
-                        f"Samples of the step: {', '.join(sorted(sum(recent, [])))}. "
+                        f"Samples of the step: {', '.join(sorted(set(sum(recent, []))))}. "
                         "A smaller sft.learning_rate usually helps.")
 
     trainer.add_callback(Watch())

@@ -82,7 +82,7 @@ def base_weights(
             bnb_4bit_compute_dtype=preset.model.dtype)
     return AutoModelForCausalLM.from_pretrained(model, **options)
 
-
+# %% ../nbs/adapters.ipynb #3dd60e99
 def merge(
     adapter: Path,  # folder of a trained adapter
     model: str,  # folder or hub name of the base model

@@ -73,7 +73,7 @@ class Sft(Section):
     four_bit: bool = Field(
         False, description="QLoRA: hold the frozen weights in 4 bits (needs lora_rank and a GPU)")
 
-
+# %% ../nbs/00_presets.ipynb #8f7daba9
 def _sft_rules(
     sft: Sft,  # a section whose single values are all valid
     device: str,  # "cpu" or "cuda"

@@ -214,7 +214,7 @@ def cut_right(
     "The first tokens of a sample; what falls away is its end (train/sft.py, paper Table 8)."
     return Sample(sample.question_hash, sample.input_ids[:max_length], sample.labels[:max_length])
 
-
+# %% ../nbs/08_format.ipynb #3d7f2dfc
 def tokenize_rows(
     rows: Iterable[Mapping],  # question_hash, question, trace, attempt each
     tokenizer: "PreTrainedTokenizerFast",  # with a chat template
@@ -235,7 +235,7 @@ def tokenize_rows(
     return Formatted(kept, {n: size for n, size in long.items() if n not in names},
                      {n: size for n, size in long.items() if n in names})
 
-# %% ../nbs/08_format.ipynb #1614cdb2
+
 def save_samples(
     samples: Iterable[Sample],  # what tokenize_rows kept
     path: Path,  # sft_tokens.parquet

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'TrainingError', 'sample_fault', 'load_samples', 'check_model', 'vocabulary', 'fingerprint',
-           'last_complete', 'save_log', 'save_model']
+           'last_complete', 'watch', 'rows_of', 'save_log', 'save_model']
 
 # %% ../nbs/training_files.ipynb #97a6ece9
 import csv
 import hashlib
 import json
+import math
+from collections import deque
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .adapters import merge
 from .config import Preset, S1Error, atomic, show_path
@@ -121,6 +123,53 @@ def last_complete(
     steps = {int(f.name.split("-")[1]): f for f in work.glob("checkpoint-*") if whole(f)}
     return steps[max(steps)] if steps else None
 
+# %% ../nbs/training_files.ipynb #b4589068
+def watch(
+    trainer: "SFTTrainer",  # its batches are noted, and its log is read
+    names: list[str],  # question_hash of each training sample
+) -> None:
+    "Stop at a loss that is no number, or above twice that of a model that knows nothing."
+    from transformers import TrainerCallback
+
+    by_ids = {tuple(row): name for row, name in zip(trainer.train_dataset["input_ids"], names)}
+    limit = 2 * math.log(trainer.model.config.vocab_size)
+    recent = _note_batches(trainer, by_ids)
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            for key, most in (("loss", limit), ("grad_norm", math.inf)):
+                value = (logs or {}).get(key, 0.0)
+                if not math.isfinite(value) or value > most:
+                    raise TrainingError(
+                        f"Training stopped at step {state.global_step}: {key}: found {value:.4g}, "
+                        f"wanted a finite number of at most {most:.4g}; nothing was saved. "
+                        f"Samples of the step: {', '.join(sorted(set(sum(recent, []))))}. "
+                        "A smaller sft.learning_rate usually helps.")
+
+    trainer.add_callback(Watch())
+
+# %% ../nbs/training_files.ipynb #aa66a659
+def _note_batches(trainer: "SFTTrainer", by_ids: dict) -> deque:
+    recent = deque(maxlen=trainer.args.gradient_accumulation_steps)
+    compute = trainer.compute_loss
+
+    def noting(model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+        recent.append([by_ids[row] for row in rows_of(inputs)])
+        return compute(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = noting
+    return recent
+
+
+def rows_of(
+    batch: dict,  # what the trainer's collator made, padded or packed
+) -> list[tuple[int, ...]]:
+    "The samples of a batch, without pads."
+    ids = batch["input_ids"]
+    if "cu_seq_lens_q" in batch:
+        return [tuple(x.tolist()) for x in ids[0].split(batch["cu_seq_lens_q"].diff().tolist())]
+    return [tuple(x[m.bool()].tolist()) for x, m in zip(ids, batch["attention_mask"])]
+
 # %% ../nbs/training_files.ipynb #ae1883db
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm")
 
@@ -135,7 +184,7 @@ def save_log(
         table.writeheader()
         table.writerows(entry for entry in history if "loss" in entry)
 
-
+# %% ../nbs/training_files.ipynb #443e994b
 def save_model(
     trainer: "SFTTrainer",  # after training
     folder: Path,  # the model folder

@@ -1,8 +1,9 @@
-"""How much faster does the fine-tuning run packed than padded? Tokens per second, one ratio per pair.
+"""How much faster is the fine-tuning packed than padded? Tokens per second, one ratio per pair.
 
-Run it alone on a machine: `OMP_NUM_THREADS=1 python tests/benchmarks/bench_sft.py`. Both ways train the
-same base on the same samples in the same order, interleaved; "padded" is TRL with nothing but the recipe
-set, "packed" is `sft.packing=true`. The losses of every step must agree to 1e-4, or the script fails.
+Run it alone: `OMP_NUM_THREADS=1 python tests/benchmarks/bench_sft.py`. Both ways train the
+same base on the same samples in the same order, interleaved; "padded" is TRL with the recipe and
+nothing else, "packed" is `sft.packing=true`. The losses of every step must agree to
+1e-4, or the script fails.
 """
 
 import argparse

@@ -52,7 +52,10 @@ class Sft(Section):
     betas: tuple[float, float] = Field(description="AdamW's two decay rates")
     weight_decay: float = Field(ge=0, description="AdamW's weight decay")
     max_length: int = Field(
-        gt=0, description="tokens per example, longer examples are dropped and counted")
+        gt=0, description="tokens per example; what happens to a longer one, truncate says")
+    truncate: Literal["drop", "right"] = Field(
+        "drop", description="'drop' leaves a longer example out and counts it; "
+                            "'right' cuts its end and its answer away (paper Table 8)")
     mean_length: int = Field(
         gt=0, description="expected tokens per example, for the time estimate only")
     bf16: bool = Field(description="bfloat16 mixed precision")
@@ -60,6 +63,34 @@ class Sft(Section):
         description="recompute activations in the backward pass to save memory")
     sharding: Literal["none", "fsdp"] = Field(
         description="'fsdp' splits weights and optimiser over all devices")
+    packing: bool = Field(
+        False, description="lay the examples of a pass end to end in one row, without pads")
+    kernels: Literal["plain", "auto", "fast"] = Field(
+        "plain", description="flash attention and Liger: 'auto' takes what is installed and says "
+                             "so, 'fast' refuses to do without")
+    lora_rank: int = Field(
+        0, ge=0, description="0 trains every weight; more: LoRA adapters of this rank")
+    four_bit: bool = Field(
+        False, description="QLoRA: hold the frozen weights in 4 bits (needs lora_rank and a GPU)")
+
+# %% ../nbs/00_presets.ipynb #8f7daba9
+def _sft_rules(
+    sft: Sft,  # a section whose single values are all valid
+    device: str,  # "cpu" or "cuda"
+) -> list[tuple[str, Any, bool, str]]:  # key, found, whether it can work, what is wanted
+    "Settings of the fine-tuning that need each other, or a GPU."
+    return [
+        ("sft.kernels", sft.kernels, device == "cuda" or sft.kernels != "fast",
+         "plain or auto on device cpu"),
+        ("sft.kernels", sft.kernels, sft.bf16 or sft.kernels != "fast",
+         "plain or auto without sft.bf16: flash attention computes in 16 bits"),
+        ("sft.four_bit", sft.four_bit, device == "cuda" or not sft.four_bit,
+         "false on device cpu"),
+        ("sft.four_bit", sft.four_bit, sft.lora_rank > 0 or not sft.four_bit,
+         "false while sft.lora_rank is 0: weights of 4 bits cannot be trained themselves"),
+        ("sft.lora_rank", sft.lora_rank, not sft.lora_rank or sft.sharding == "none",
+         "0 with sft.sharding fsdp, or sharding none"),
+    ]
 
 # %% ../nbs/00_presets.ipynb #b003f08e
 def _conflicts(
@@ -92,6 +123,7 @@ def _conflicts(
          f"at most budget.max_thinking_tokens = {p.budget.max_thinking_tokens}"),
         ("engine.context", p.engine.context, longest < p.engine.context,
          f"more than max_thinking_tokens + max_answer_tokens = {longest}"),
+        *_sft_rules(p.sft, p.device),
     ]
     yield from ((key, found, wanted) for key, found, fine, wanted in rules if not fine)
 

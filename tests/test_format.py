@@ -243,6 +243,34 @@ def test_too_long_is_dropped_whole_and_counted(tiny_tokenizer):
         tokenize_rows([], tiny_tokenizer, 5)
 
 
+@relaxed
+@given(row=rows, limit=st.integers(1, 80))
+def test_a_cut_on_the_right_keeps_the_start_and_counts_itself(tiny_tokenizer, row, limit):
+    whole = tokenize_row(tiny_tokenizer, row)
+    prompt = len(chat_ids(tiny_tokenizer, row["question"]))
+    if limit <= prompt:  # nothing to learn is left
+        with pytest.raises(FormatError, match=f"at most {limit} tokens among 1"):
+            tokenize_rows([row], tiny_tokenizer, limit, truncate="right")
+        return
+    formatted = tokenize_rows([row], tiny_tokenizer, limit, truncate="right")
+    assert formatted.samples[0].input_ids == whole.input_ids[:limit]
+    assert formatted.samples[0].labels == whole.labels[:limit] and not formatted.too_long
+    size = len(whole.input_ids)
+    assert formatted.cut == ({whole.question_hash: size} if size > limit else {})
+
+
+def test_a_delimiter_of_one_token(bpe):
+    import copy
+
+    one = copy.deepcopy(bpe)
+    one.add_tokens(["<think>", "</think>"], special_tokens=True)
+    tags = Delimiters("<think>\n", "\n</think>\n\n", "<|im_end|>")
+    sample = tokenize_row(one, ROW, tags)
+    tokens = one.convert_ids_to_tokens([x for x in sample.labels if x != IGNORE])
+    assert tokens[0] == "<think>" and tokens.count("</think>") == 1
+    assert one.decode(sample.input_ids) == bpe.decode(tokenize_row(bpe, ROW, tags).input_ids)
+
+
 def test_saved_samples_read_back(tiny_tokenizer, tmp_path):
     samples = [tokenize_row(tiny_tokenizer, ROW)]
     save_samples(samples, tmp_path / "t.parquet")

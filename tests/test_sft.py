@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,8 +16,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s1book.config import load_preset
+from s1book.adapters import MissingPackage, base_weights, kernels
+from s1book.config import PresetError, load_preset
+from s1book.forgetting import change
 from s1book.format import IGNORE, Sample, save_samples, tokenize_row
+from s1book.packing import PER_SAMPLE, packed, register
 from s1book.sft import (
     TrainingError,
     accumulation,
@@ -26,6 +30,7 @@ from s1book.sft import (
     last_complete,
     load_samples,
     make_trainer,
+    rows_of,
     sample_fault,
     total_steps,
 )
@@ -256,10 +261,10 @@ fine_tune(preset, sys.argv[1], tokens, Path("sft"), Path("sft.csv"), (Kill(),))
 
 
 def test_killed_training_ends_with_the_same_weights(tokens, tiny_folder):
-    folder = tokens.parent
+    folder, step = tokens.parent, random.randint(4, 8)  # the first checkpoint is written after 3
     train(tokens, tiny_folder, "through")
     child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tiny_folder), str(tokens), "8"],
+        [sys.executable, "-c", CHILD, str(tiny_folder), str(tokens), str(step)],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -276,7 +281,8 @@ def test_killed_training_ends_with_the_same_weights(tokens, tiny_folder):
             steps.append(state.global_step)
 
     train(tokens, tiny_folder, "sft", callbacks=(Count(),))
-    assert steps == [7, 8, 9]  # went on after the second epoch, did not start anew
+    # It went on after the last whole epoch and did not start anew.
+    assert steps == list(range(4 if step <= 6 else 7, 10)), f"killed at step {step}"
     assert equal(weights(folder / "sft"), weights(folder / "through"))
     assert (folder / "sft.csv").read_bytes() == (folder / "through.csv").read_bytes()
 
@@ -324,12 +330,21 @@ def test_same_seed_same_weights_other_seed_other_weights(tokens, tiny_folder):
 # -- bad input --
 
 
-def test_nan_stops_and_saves_nothing(tokens, tiny_folder):
+def test_nan_stops_names_its_samples_and_saves_nothing(tokens, tiny_folder):
     train(tokens, tiny_folder, "sft")
     before = (tokens.parent / "sft" / "model.safetensors").read_bytes()
     wild = load_preset("tiny", [*FEW, "sft.learning_rate=1e30", "sft.warmup=0.0"])
-    with pytest.raises(TrainingError, match=r"stopped at step \d+: loss: found (nan|inf)"):
+    with pytest.raises(TrainingError, match=r"stopped at step \d+: loss: found") as caught:
         train(tokens, tiny_folder, "sft", wild)
+    said = str(caught.value)
+    named = said.split("Samples of the step: ")[1].split(". A smaller")[0].split(", ")
+    samples = load_samples(tokens, 10**6)
+    batches = list(
+        make_trainer(wild, str(tiny_folder), samples, tokens.parent / "x").get_train_dataloader()
+    )
+    step = int(said.split("step ")[1].split(":")[0])
+    by_ids = {tuple(r["input_ids"]): r["question_hash"] for r in samples}
+    assert set(named) == {by_ids[row] for row in rows_of(batches[step - 1])}
     assert (
         tokens.parent / "sft" / "model.safetensors"
     ).read_bytes() == before  # the good model stays
@@ -353,7 +368,11 @@ def test_faulty_samples(ids, labels, message, tmp_path):
         with pytest.raises(TrainingError, match=f"t.parquet, sample 00aa: found .*{message}"):
             load_samples(tmp_path / "t.parquet", 50)
     else:
-        assert load_samples(tmp_path / "t.parquet", 50).column_names == ["input_ids", "labels"]
+        assert load_samples(tmp_path / "t.parquet", 50).column_names == [
+            "question_hash",
+            "input_ids",
+            "labels",
+        ]
 
 
 def test_files_that_are_not_samples(tokens, tiny_folder):
@@ -376,6 +395,152 @@ def test_samples_of_another_tokenizer_are_refused_before_any_work(tokens, tiny_f
     with pytest.raises(TrainingError, match="token 9999, wanted less than"):
         train(tokens, tiny_folder, "sft")
     assert not (tokens.parent / "sft_work").exists()
+
+
+def losses(tokens, folder, name, *changes):
+    """The losses of a training with some settings changed."""
+    train(tokens, folder, name, load_preset("tiny", ["sft.epochs=2", *changes]))
+    return list(pd.read_csv(tokens.parent / f"{name}.csv")["loss"])
+
+
+def test_packing_and_checkpointing_change_no_loss(tokens, tiny_folder):
+    plain = losses(tokens, tiny_folder, "plain")
+    for name, changes in {
+        "packed": ["sft.packing=true"],
+        "packed4": ["sft.packing=true", "sft.micro_batch_size=4"],
+        "recomputed": ["sft.gradient_checkpointing=true"],
+    }.items():
+        assert losses(tokens, tiny_folder, name, *changes) == pytest.approx(plain, abs=1e-5), name
+
+
+def largest_leak(model, samples, row):
+    """The largest distance between the logits of samples in a row and alone."""
+    with torch.no_grad():
+        alone = [
+            model(input_ids=torch.tensor([s]), use_cache=False).logits
+            for s in samples
+        ]
+        return (model(**row).logits - torch.cat(alone, 1)).abs().max().item()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", PER_SAMPLE])
+def test_a_packed_sample_sees_no_other(tiny_folder, attention):
+    from transformers import AutoModelForCausalLM
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation=attention).eval()
+    with torch.no_grad():  # with its small random weights attention would hardly matter
+        for weight in model.parameters():
+            weight.mul_(8.0 if weight.ndim > 1 else 1.0)
+    samples = [[5, 6, 7, 8], [9], [7, 7, 4, 5, 6, 9, 11]]
+    assert largest_leak(model, samples, packed(samples)) < 1e-4
+    row = packed(samples)
+    if attention == PER_SAMPLE:
+        bounds = torch.tensor([0, row["input_ids"].shape[1]], dtype=torch.int32)
+        trap = row | {"cu_seq_lens_q": bounds}
+    else:
+        trap = {"input_ids": row["input_ids"], "position_ids": row["position_ids"]}
+        trap |= {"use_cache": True}
+    assert largest_leak(model, samples, trap) > 1e-2
+
+
+def test_lora_trains_adapters_and_saves_an_ordinary_model(tokens, tiny_folder):
+    pytest.importorskip("peft")
+    changes = ["sft.lora_rank=4", "sft.learning_rate=1e-2"]
+    log = losses(tokens, tiny_folder, "lora", *changes)
+    assert log[-1] < log[0]
+    names = {p.name for p in (tokens.parent / "lora").iterdir()}
+    assert "model.safetensors" in names and not [n for n in names if "adapter" in n]
+    tuned, base = weights(tokens.parent / "lora"), weights(tiny_folder)
+    assert tuned.keys() == base.keys() and not equal(tuned, base)
+    changed = {name for name in base if not torch.equal(tuned[name], base[name])}
+    assert changed and all("_proj" in name for name in changed)  # embeddings and norms stay
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["sft.four_bit=true", "sft.lora_rank=8"], "false on device cpu"),
+        (["sft.kernels=fast"], "plain or auto on device cpu"),
+        (["sft.micro_batch_size=3"], "a multiple of micro_batch_size"),
+    ],
+)
+def test_settings_that_cannot_work_here_are_refused(changes, message):
+    with pytest.raises(PresetError, match=message):
+        load_preset("tiny", changes)
+
+
+def test_a_missing_package_is_refused_before_any_work(tokens, tiny_folder, monkeypatch):
+    monkeypatch.setattr("s1book.adapters.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingPackage, match="sft.lora_rank: found 8 but no package peft"):
+        train(tokens, tiny_folder, "sft", load_preset("tiny", ["sft.lora_rank=8"]))
+    assert not (tokens.parent / "sft").exists()
+    with pytest.raises(MissingPackage, match="no package bitsandbytes"):
+        four = ["sft.four_bit=true", "sft.lora_rank=8", "sft.sharding=none"]
+        base_weights(load_preset("h100", four), str(tiny_folder), "sdpa")
+
+
+def test_kernels_auto_announces_what_it_takes(capsys):
+    assert kernels(load_preset("tiny", ["sft.kernels=auto"])) == ("sdpa", False)
+    assert "attention sdpa; Liger is not used" in capsys.readouterr().out
+    assert kernels(load_preset("tiny")) == ("sdpa", False) and not capsys.readouterr().out
+
+
+def test_a_diverging_loss_stops_although_it_is_finite(tokens, tiny_folder):
+    wild = load_preset("tiny", [*FEW, "sft.learning_rate=30", "sft.warmup=0.0"])
+    with pytest.raises(TrainingError, match=r"loss: found \d+.*at most 9\.6"):
+        train(tokens, tiny_folder, "sft", wild)
+    assert not (tokens.parent / "sft").exists()
+
+
+def test_another_model_and_no_model_are_refused(tokens, tiny_folder):
+    rows = pd.read_parquet(tokens)
+    save_samples(
+        [Sample(r.question_hash, [*r.input_ids[:-1], 7], [*r.labels[:-1], 7])
+         for r in rows.itertuples()], tokens)  # another tokenizer's number for the end
+    with pytest.raises(TrainingError, match="found no sample that ends with <|im_end|>"):
+        train(tokens, tiny_folder, "sft")
+    with pytest.raises(TrainingError, match="found no language model in"):
+        train(tokens, tokens.parent / "nowhere", "sft")
+    assert {p.name for p in tokens.parent.iterdir()} == {tokens.name, tiny_folder.name}
+
+
+def test_paired_change_against_scipy():
+    from scipy import stats
+
+    before, after = [0.5, 0.25, 1.0, 0.75, 0.9] * 40, [0.4, 0.5, 1.0, 0.5, 0.8] * 40
+    mean, low, high = change(before, after)
+    differences = [b - a for a, b in zip(before, after)]
+    wanted = stats.norm.interval(0.95, loc=mean, scale=stats.sem(differences))
+    assert mean == pytest.approx(-0.04) and (low, high) == pytest.approx(wanted, abs=1e-5)
+    with pytest.raises(ValueError):
+        change(before, after[:-1])
+
+
+def test_the_command_and_the_chapter_call_one_function(monkeypatch, tmp_path, capsys):
+    from s1book.cli import main
+
+    seen = []
+    monkeypatch.setattr("s1book.sft.train_run", lambda run: seen.append(run) or [{"loss": 2.0}])
+    with pytest.raises(SystemExit) as ended:
+        main(["sft", "--folder", str(tmp_path), "--set", "seed=3", "--no-checks"])
+    assert ended.value.code in (0, None) and seen[0].preset.seed == 3
+    assert "1 steps, loss 2.000 -> 2.000" in capsys.readouterr().out
+    cells = json.loads(Path("nbs/09_sft.ipynb").read_text())["cells"]
+    assert any("train_run(run)" in "".join(c["source"]) for c in cells if c["cell_type"] == "code")
+
+
+def test_the_command_trains_and_says_where(tokens, tiny_folder, tmp_path, monkeypatch, capsys):
+    from s1book.cli import main
+    from s1book.config import Run
+
+    monkeypatch.setattr(Run, "model", lambda self, name: str(tiny_folder))
+    (tmp_path / "run").mkdir()
+    tokens.rename(tmp_path / "run" / "sft_tokens.parquet")
+    with pytest.raises(SystemExit):
+        main(["sft", "--folder", str(tmp_path / "run"), "--set", "sft.epochs=1", "--no-checks"])
+    assert "3 steps" in capsys.readouterr().out
+    assert (tmp_path / "run" / "sft" / "model.safetensors").exists()
 
 
 def test_the_module_loads_no_heavy_library():

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 # %% ../nbs/launch.ipynb #86e79078
 ONE_NODE = Template("""\
-torchrun --standalone --nproc_per_node=$gpus --no-python s1book sft --preset $preset
+torchrun --standalone --nproc_per_node=$gpus --no-python s1book sft $options
 """)
 
 MANY_NODES = Template("""\
 torchrun --nnodes=$nodes --nproc_per_node=$gpus \\
     --rdzv_backend=c10d --rdzv_id=s1book --rdzv_endpoint="$$HEAD:29500" \\
-    --no-python s1book sft --preset $preset
+    --no-python s1book sft $options
 """)
 
 SLURM = Template("""\
@@ -42,7 +42,8 @@ srun --kill-on-bad-exit=1 $command""")
 # %% ../nbs/launch.ipynb #b356a3d2
 def commands(
     preset: Preset,  # gives machines and batch
-    name: str,  # the preset's name or path, as a shell would take it
+    name: str,  # the preset's name or path
+    overrides: list[str] = (),  # "key=value" each, passed on
 ) -> dict[str, str]:  # "one node", "many nodes" and "slurm" -> text of a shell script
     "The commands that start a training on one node, on all nodes, and under SLURM."
     import shlex
@@ -54,7 +55,8 @@ def commands(
     for nodes in {1, launch.nodes}:  # refuse here, not after an hour in a queue
         accumulation(preset.sft.batch_size, preset.sft.micro_batch_size,
                      nodes * launch.gpus_per_node)
-    values = dict(preset=shlex.quote(name), nodes=launch.nodes, gpus=launch.gpus_per_node)
+    options = ["--preset", name, *(part for o in overrides for part in ("--set", o))]
+    values = dict(options=shlex.join(options), nodes=launch.nodes, gpus=launch.gpus_per_node)
     many = MANY_NODES.substitute(values)
     return {"one node": ONE_NODE.substitute(values), "many nodes": many,
             "slurm": SLURM.substitute(values, command=many)}
@@ -63,9 +65,11 @@ def commands(
 def explained(
     preset: Preset,  # gives machines and batch
     name: str,  # the preset's name or path
+    overrides: list[str] = (),  # "key=value" each, passed on
 ) -> str:
     "The commands, each with a sentence on what it does and on the batch that results."
-    sft, launch, texts = preset.sft, preset.launch, commands(preset, name)
+    sft, launch = preset.sft, preset.launch
+    texts = commands(preset, name, overrides)
     one, every = launch.gpus_per_node, launch.devices
     passes = {n: accumulation(sft.batch_size, sft.micro_batch_size, n) for n in (one, every)}
     batch = "{} GPUs x {} sample(s) x {} pass(es) = batch {}."

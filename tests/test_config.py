@@ -10,8 +10,9 @@ import pytest
 
 from s1book.config import (
     MissingArtefact, PresetError, Run, S1Error, append_jsonl, atomic, item_seed, load_preset,
-    parameters, preset_names, read_jsonl, show_path, train_seconds,
+    parameters, preset_names, read_jsonl, show_path,
 )
+from s1book.cost import train_seconds
 from s1book.preflight import check_weights, doctor, estimates
 
 

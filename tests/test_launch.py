@@ -16,13 +16,15 @@ def test_commands_start_the_one_sft_on_every_gpu():
     assert list(texts) == ["one node", "many nodes", "slurm"]
     for text in texts.values():
         assert text.count("--no-python s1book sft --preset h100") == 1
-        assert "--nproc_per_node=8" in text and "$preset" not in text
+        assert "--nproc_per_node=8" in text and "$options" not in text
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     assert "--nnodes=2" in texts["many nodes"] and "#SBATCH --nodes=2" in texts["slurm"]
     assert texts["slurm"].startswith("#!/bin/bash\n") and texts["many nodes"] in texts["slurm"]
 
 
 def test_a_preset_path_is_quoted_for_the_shell():
+    changed = commands(load_preset("h100"), "h100", ["seed=1"])["slurm"]
+    assert "--preset h100 --set seed=1" in changed
     assert "--preset 'my run.yaml'" in commands(load_preset("h100"), "my run.yaml")["one node"]
 
 

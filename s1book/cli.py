@@ -95,7 +95,7 @@ def doctor_command(preset: PresetOption = "tiny", overrides: SetOption = [],
         typer.echo(f"    {what:<26} {value}")
     raise typer.Exit(any(row.stops and not row.ok for row in rows))
 
-
+# %% ../nbs/cli.ipynb #a1c57e02
 @app.command("plan")
 def plan_command(preset: PresetOption = "tiny", overrides: SetOption = []) -> None:
     "Say what a run needs before it is paid for: memory, hours, dollars."

@@ -227,7 +227,7 @@ def _bought(
     tokens = requests * server.mean_out
     return Stage(name, tokens, 0, 0, tokens * server.usd_out / 1e6, 0)
 
-
+# %% ../nbs/18_cost.ipynb #cc9da34d
 def plan(
     preset: Preset,  # what would be run
 ) -> list[Stage]:  # in the order of the chapters
@@ -244,7 +244,7 @@ def plan(
         _computed(preset, "training", trained, train_flops(preset), preset.launch.utilisation),
         _computed(preset, "evaluation", generated, 2 * n * generated, GENERATION)]
 
-# %% ../nbs/18_cost.ipynb #8d796104
+# %% ../nbs/18_cost.ipynb #031c5001
 def plan_lines(
     preset: Preset,  # what would be run
     name: str,  # of the preset
@@ -266,4 +266,4 @@ def plan_lines(
                f"{s.dollars:>9.2f}")
     yield f"\nAssumed: {launch.usd_per_gpu_hour:g} US dollars per GPU-hour; MFU as printed."
     if preset.engine.dtype == "float32" and preset.device == "cuda":
-        yield "The evaluation is counted in bfloat16; float32, which the preset asks for, is slower."
+        yield "Evaluation is counted in bfloat16; float32, which the preset asks for, is slower."

@@ -49,11 +49,11 @@ def estimates(
     bytes_each = 2 if engine.dtype == "bfloat16" else 4
     weights = parameters(shape) * bytes_each / engine.tensor_parallel
     cache = kv_bytes(shape, bytes_each) * engine.context / engine.tensor_parallel
-    seconds = train_seconds(preset)
+    seconds, held = train_seconds(preset), memory(preset).total
     money = seconds / 3600 * launch.nodes * launch.gpus_per_node * launch.usd_per_gpu_hour
     return {
         "model": f"{parameters(shape):,} weights",
-        "training memory": f"{_gigabytes(memory(preset).total)} of {launch.memory_gb:g} GB a device",
+        "training memory": f"{_gigabytes(held)} of {launch.memory_gb:g} GB a device",
         "training": f"{preset.steps} steps, {seconds / 60:.1f} min on {launch.devices} device(s)",
         "training cost": f"{money:.2f} US dollars",
         "weights while generating": f"{_gigabytes(weights)} per device",

@@ -34,7 +34,6 @@ class Memory:
         "All parts together."
         return sum(getattr(self, part.name) for part in fields(self))
 
-# %% ../nbs/18_cost.ipynb #0adac298
 def state_bytes(
     preset: Preset,  # gives types and sharding
     weights: int,  # of the whole model
@@ -53,7 +52,7 @@ def gathered_bytes(
     block = (parameters(shape) - embeddings) / shape.layers
     return 2 * (embeddings + 3 * block)
 
-# %% ../nbs/18_cost.ipynb #d63c618e
+# %% ../nbs/18_cost.ipynb #cc522b6b
 def activation_bytes(
     shape: Shape,  # sizes of the model
     tokens: int,  # in one forward pass of one device
@@ -66,7 +65,7 @@ def activation_bytes(
     kept = shape.layers * shape.hidden + block if recompute else shape.layers * block
     return tokens * kept * bytes_each
 
-# %% ../nbs/18_cost.ipynb #a93e8c7f
+# %% ../nbs/18_cost.ipynb #86c2d765
 TILE = 4096, 32768  # tokens and vocabulary entries whose scores TRL computes at once
 
 
@@ -80,7 +79,7 @@ def logit_bytes(
     rows = min(tokens, TILE[0])
     return rows * (TILE[1] * bytes_each + (6 * 4 * min(vocabulary, TILE[1]) if cpu else 0))
 
-# %% ../nbs/18_cost.ipynb #3f518cd6
+# %% ../nbs/18_cost.ipynb #4c43d93a
 def memory(
     preset: Preset,  # gives model, length, sharding
 ) -> Memory:
@@ -95,7 +94,7 @@ def memory(
         activations=activation_bytes(shape, tokens, sft.gradient_checkpointing, each),
         logits=logit_bytes(shape.vocabulary, tokens, each, cpu))
 
-# %% ../nbs/18_cost.ipynb #f458d3ae
+# %% ../nbs/18_cost.ipynb #fab064cd
 def knob(
     preset: Preset,  # what would be trained
 ) -> str:  # "" when it fits
@@ -119,7 +118,7 @@ def knob(
         return f"sft.max_length={length} (longer samples are dropped), or more GPUs"
     return "more GPUs (launch.nodes) with sft.sharding=fsdp"
 
-# %% ../nbs/18_cost.ipynb #5b60c153
+# %% ../nbs/18_cost.ipynb #2ad5ec24
 def counted_peak(
     trainer: Any,  # an SFTTrainer that has not trained yet
 ) -> int:  # bytes
@@ -132,7 +131,7 @@ def counted_peak(
     held = itertools.accumulate(e.nbytes() for e in sorted(found, key=lambda e: e.start_ns()))
     return sum(w.nbytes for w in trainer.model.parameters()) + max(held)
 
-# %% ../nbs/18_cost.ipynb #6b2ac115
+# %% ../nbs/18_cost.ipynb #a0d872c9
 def measured_peak(
     preset: Preset,  # a CPU preset; its shape is built with random weights
     tokenizer: str,  # folder of any tokenizer
@@ -157,7 +156,7 @@ def measured_peak(
         trainer.args.save_strategy = "no"
         return counted_peak(trainer)
 
-# %% ../nbs/18_cost.ipynb #05600c2b
+# %% ../nbs/18_cost.ipynb #a7a9399a
 GENERATION = 2353 * 2 * 32.8e9 / 989e12  # MFU of Qwen3-32B, 2,353 tokens/s on one H100 (GPUStack)
 ANSWER = 640  # tokens of an untrained model's answer (derived from paper figure 4b)
 QUESTIONS = {"aime24": 30, "math500": 500, "gpqa_diamond": 198,
@@ -181,7 +180,7 @@ def train_seconds(
     return train_flops(preset) / (
         launch.devices * launch.peak_tflops * 1e12 * launch.utilisation)
 
-# %% ../nbs/18_cost.ipynb #25b701cc
+# %% ../nbs/18_cost.ipynb #898b5729
 @dataclass(frozen=True)
 class Stage:
     "One line of a plan."
@@ -206,7 +205,7 @@ def _computed(
     paid = hours * launch.nodes * launch.gpus_per_node * launch.usd_per_gpu_hour
     return Stage(name, tokens, flops, hours, paid, mfu)
 
-# %% ../nbs/18_cost.ipynb #a531678b
+# %% ../nbs/18_cost.ipynb #a59d8fcd
 def _evaluation_tokens(
     preset: Preset,  # gives benchmarks and budgets
 ) -> float:
@@ -227,7 +226,7 @@ def _bought(
     tokens = requests * server.mean_out
     return Stage(name, tokens, 0, 0, tokens * server.usd_out / 1e6, 0)
 
-# %% ../nbs/18_cost.ipynb #cc9da34d
+# %% ../nbs/18_cost.ipynb #ecd659be
 def plan(
     preset: Preset,  # what would be run
 ) -> list[Stage]:  # in the order of the chapters
@@ -244,7 +243,7 @@ def plan(
         _computed(preset, "training", trained, train_flops(preset), preset.launch.utilisation),
         _computed(preset, "evaluation", generated, 2 * n * generated, GENERATION)]
 
-# %% ../nbs/18_cost.ipynb #031c5001
+# %% ../nbs/18_cost.ipynb #434f7d0b
 def plan_lines(
     preset: Preset,  # what would be run
     name: str,  # of the preset

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'PresetOption', 'SetOption', 'FolderOption', 'FromOption', 'ToOption', 'ForceOption', 'ChecksOption',
-           'NameArgument', 'VersionOption', 'doctor_command', 'preset_lines', 'presets', 'run', 'sft_command', 'report',
-           'outputs', 'collect', 'readme', 'main']
+           'NameArgument', 'VersionOption', 'doctor_command', 'plan_command', 'launch_command', 'preset_lines',
+           'presets', 'run', 'sft_command', 'report', 'outputs', 'collect', 'readme', 'main']
 
 # %% ../nbs/cli.ipynb #334595bc
 import contextlib
@@ -94,6 +94,23 @@ def doctor_command(preset: PresetOption = "tiny", overrides: SetOption = [],
     for what, value in estimates(run.preset).items():
         typer.echo(f"    {what:<26} {value}")
     raise typer.Exit(any(row.stops and not row.ok for row in rows))
+
+# %% ../nbs/cli.ipynb #a1c57e02
+@app.command("plan")
+def plan_command(preset: PresetOption = "tiny", overrides: SetOption = []) -> None:
+    "Say what a run needs before it is paid for: memory, hours, dollars."
+    from s1book.cost import plan_lines
+
+    for line in plan_lines(Run.open(preset, overrides).preset, preset):
+        typer.echo(line)
+
+
+@app.command("launch")
+def launch_command(preset: PresetOption = "h100", overrides: SetOption = []) -> None:
+    "Print the commands that start the fine-tuning on many GPUs, and a SLURM script."
+    from s1book.launch import explained
+
+    typer.echo(explained(Run.open(preset, overrides).preset, preset, overrides))
 
 # %% ../nbs/cli.ipynb #2ceafb3c
 def _refuse(

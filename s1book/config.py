@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAKERS', 'Sft', 'Preset', 'preset_names', 'preset_file', 'load_preset', 'MissingArtefact', 'RunFolder', 'Artefacts',
-           'Run', 'item_seed', 'parameters', 'train_bytes', 'kv_bytes', 'train_seconds', 'S1Error', 'PresetError',
-           'append_jsonl', 'atomic', 'disk_errors', 'project_root', 'read_jsonl', 'show_path', 'PALETTE', 'STYLE',
-           'use_style', 'Section', 'Pool', 'Shape', 'Model', 'Teacher', 'Decontaminate', 'Select', 'Engine', 'Budget',
-           'Evaluate', 'Launch', 'S1_SOURCES', 'SERVERS', 'Server', 'Grade', 'Features', 'Judge']
+           'Run', 'item_seed', 'parameters', 'kv_bytes', 'S1Error', 'PresetError', 'append_jsonl', 'atomic',
+           'disk_errors', 'project_root', 'read_jsonl', 'show_path', 'PALETTE', 'STYLE', 'use_style', 'Section', 'Pool',
+           'Shape', 'Model', 'Teacher', 'Decontaminate', 'Select', 'Engine', 'Budget', 'Evaluate', 'Launch',
+           'S1_SOURCES', 'SERVERS', 'Server', 'Grade', 'Features', 'Judge']
 
 # %% ../nbs/00_presets.ipynb #24ecaed3
 import difflib
@@ -344,35 +344,9 @@ def parameters(
     return shape.layers * block + (1 if tied else 2) * shape.vocabulary * shape.hidden
 
 # %% ../nbs/00_presets.ipynb #5b78dc63
-def train_bytes(
-    preset: Preset,  # gives model, length, sharding
-) -> int:  # bytes on one device
-    "Weights, gradients, AdamW's two moments and tensors kept for the backward pass; no logits."
-    sft, shape = preset.sft, preset.model.shape
-    bytes_each = 2 if preset.model.dtype == "bfloat16" else 4
-    share = preset.launch.devices if sft.sharding == "fsdp" else 1
-    # One block keeps: 2 norms in and out, queries, attention output; keys, values; 4 of the MLP.
-    block = 6 * shape.hidden + 2 * shape.kv_heads * shape.head_dim + 4 * shape.intermediate
-    kept = shape.layers * block
-    if sft.gradient_checkpointing:  # one tensor per block, and all of the one being recomputed
-        kept = shape.layers * shape.hidden + block
-    tokens = sft.micro_batch_size * sft.max_length
-    return (4 * parameters(shape) // share + tokens * kept) * bytes_each
-
-
 def kv_bytes(
     shape: Shape,  # sizes of the model
     bytes_each: int,  # 2 for bfloat16, 4 for float32
 ) -> int:  # bytes for one token of one sequence
     "Keys and values of one token in every block."
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * bytes_each
-
-
-def train_seconds(
-    preset: Preset,  # gives model, data and machines
-) -> float:
-    "6 FLOPs per weight and token, 8 with recomputation, at the utilised speed of all devices."
-    sft, launch = preset.sft, preset.launch
-    tokens = preset.select.size * sft.epochs * min(sft.mean_length, sft.max_length)
-    flops = (8 if sft.gradient_checkpointing else 6) * parameters(preset.model.shape) * tokens
-    return flops / (launch.devices * launch.peak_tflops * 1e12 * launch.utilisation)

@@ -18,8 +18,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from s1book.config import (
-    Preset, Run, Server, kv_bytes, parameters, project_root, show_path, train_bytes, train_seconds,
+    Preset, Run, Server, kv_bytes, parameters, project_root, show_path,
 )
+from .cost import memory, train_seconds
 
 # %% ../nbs/preflight.ipynb #99c85dfd
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ def estimates(
     bytes_each = 2 if engine.dtype == "bfloat16" else 4
     weights = parameters(shape) * bytes_each / engine.tensor_parallel
     cache = kv_bytes(shape, bytes_each) * engine.context / engine.tensor_parallel
-    seconds = train_seconds(preset)
+    seconds, held = train_seconds(preset), memory(preset).total
     money = seconds / 3600 * launch.nodes * launch.gpus_per_node * launch.usd_per_gpu_hour
     return {
         "model": f"{parameters(shape):,} weights",
-        "training memory": f"{_gigabytes(train_bytes(preset))} of {launch.memory_gb:g} GB a device",
+        "training memory": f"{_gigabytes(held)} of {launch.memory_gb:g} GB a device",
         "training": f"{preset.steps} steps, {seconds / 60:.1f} min on {launch.devices} device(s)",
         "training cost": f"{money:.2f} US dollars",
         "weights while generating": f"{_gigabytes(weights)} per device",
@@ -91,7 +92,7 @@ def _machine_checks(
     version = sys.version_info[:2]
     home = next(f for f in (run.dir, *run.dir.parents) if f.exists())
     ram, disk = psutil.virtual_memory().available, shutil.disk_usage(home).free
-    need_ram = max(3e9, 2e9 + train_bytes(run.preset) if run.preset.device == "cpu" else 64e9)
+    need_ram = max(3e9, 2e9 + memory(run.preset).total if run.preset.device == "cpu" else 64e9)
     need_disk = max(1e9, 3.0 * parameters(run.preset.model.shape) * 4)
     cores = os.cpu_count() or 1
     return [

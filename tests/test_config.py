@@ -11,8 +11,9 @@ import pytest
 
 from s1book.config import (
     MissingArtefact, PresetError, Run, RunFolder, S1Error, append_jsonl, atomic, item_seed, load_preset,
-    parameters, preset_names, project_root, read_jsonl, show_path, train_seconds,
+    parameters, preset_names, project_root, read_jsonl, show_path,
 )
+from s1book.cost import train_seconds
 from s1book.preflight import check_weights, doctor, estimates
 
 SIXTEEN = ["pool.source=s1-sources", "teacher.kind=openai", "features.domain=llm"]   # what they need

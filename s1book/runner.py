@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['QUIET', 'LOOK', 'KEPT_ONCE', 'KEPT_PER_SEED', 'Chapter', 'find_chapters', 'find_chapter', 'digest', 'digest_path',
            'read_notebook', 'code_cells', 'imported_modules', 'package_digest', 'Stamp', 'load_stamp', 'save_stamp',
-           'inputs', 'altered', 'why_run', 'notebook_out', 'to_set_aside', 'set_aside', 'kernel_environment',
-           'environment', 'ChapterFailed', 'execute', 'clock', 'expected_seconds', 'locked', 'peak_memory',
-           'run_chapter', 'upstream_of', 'passed_on', 'run_course', 'clean_output', 'with_outputs', 'write_notebook',
-           'adopt_outputs', 'recorded_timings', 'badge', 'with_badge', 'refresh_badges', 'chapter_title', 'readme',
-           'refresh_index', 'keep', 'base_spread', 'ship_weights', 'collect']
+           'inputs', 'altered', 'why_run', 'notebook_out', 'to_set_aside', 'set_aside', 'needs', 'all_needs',
+           'check_foreseen', 'cores', 'kernel_environment', 'environment', 'ChapterFailed', 'execute', 'clock',
+           'expected_seconds', 'locked', 'peak_memory', 'prepare', 'begin', 'upstream_of', 'AtWork', 'Course',
+           'run_course', 'default_jobs', 'clean_output', 'with_outputs', 'write_notebook', 'adopt_outputs',
+           'recorded_timings', 'badge', 'with_badge', 'refresh_badges', 'chapter_title', 'readme', 'refresh_index',
+           'keep', 'base_spread', 'ship_weights', 'collect']
 
 # %% ../nbs/runner.ipynb #47d06755
 import contextlib
@@ -19,18 +20,22 @@ import hashlib
 import importlib.resources
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from s1book.config import (
-    Run, S1Error, atomic, disk_errors, preset_file, preset_names, project_root, read_jsonl,
+    MAKERS, Run, S1Error, atomic, disk_errors, preset_file, preset_names, project_root, read_jsonl,
     show_path,
 )
 
@@ -298,6 +303,46 @@ def set_aside(
             shutil.rmtree(target)
         os.replace(run.dir / name, target)
 
+# %% ../nbs/runner.ipynb #a1c0de02
+_ASKS = re.compile(r"""\brun\.(read|model)\(\s*(?:f?["']([^"'{/]*))?""")
+
+
+def needs(
+    chapter: Chapter,  # which chapter
+    earlier: list[Chapter],  # the chapters before it
+) -> list[Chapter]:
+    "Which of them make what its code asks for; all of them when one name is not known."
+    text = "\n".join(source for source, _ in code_cells(read_notebook(chapter.path)))
+    asked = {"base" if how == "model" else name for how, name in _ASKS.findall(text)}
+    makers = {MAKERS.get(name) for name in asked}
+    return [c for c in earlier if None in makers or c.name[:2] in makers]
+
+
+def all_needs(
+    chapters: list[Chapter],  # the course, in order
+) -> dict[str, list[Chapter]]:  # name -> every chapter whose work it rests on, in order
+    "What each chapter needs, directly or through another chapter."
+    found: dict[str, list[Chapter]] = {}
+    for i, chapter in enumerate(chapters):
+        direct = needs(chapter, chapters[:i])
+        names = {n.name for c in direct for n in (c, *found[c.name])}
+        found[chapter.name] = [c for c in chapters[:i] if c.name in names]
+    return found
+
+
+def check_foreseen(
+    run: Run,  # whose trace
+    chapter: Chapter,  # which has run
+    needed: list[Chapter],  # what we knew it needs
+) -> None:
+    "Refuse a chapter that read what its code does not name: the two might have run together."
+    known = {chapter.name[:2], *(c.name[:2] for c in needed)}
+    for name in _traced(run, chapter, "read"):
+        maker = MAKERS.get(name.split("/")[0])
+        if maker and maker < chapter.name[:2] and maker not in known:
+            raise S1Error(f"Chapter {chapter.name} read {name}, which chapter {maker} makes, but "
+                          f"no cell of it says so, wanted run.read({name!r}) in one of them.")
+
 # %% ../nbs/runner.ipynb #2dc9cc3c
 QUIET = {  # progress bars, telemetry and warnings about missing widgets do not belong in notebooks
     "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -307,13 +352,19 @@ QUIET = {  # progress bars, telemetry and warnings about missing widgets do not 
 }
 
 
+def cores() -> int:
+    "How many cores this process may use."
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return len(allowed(0))
+
+
 def kernel_environment(
     run: Run,  # what will run
     chapter: Chapter,  # which chapter
+    lanes: int = 1,  # how many chapters share the cores
 ) -> dict[str, str]:
     "Environment variables for the kernel; what the user has set stays."
-    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    quiet = QUIET | {"OMP_NUM_THREADS": str(len(allowed(0)))}
+    quiet = QUIET | {"OMP_NUM_THREADS": str(max(1, cores() // lanes))}
     if run.preset.device == "cpu":
         quiet["HF_HUB_OFFLINE"] = "1"  # a laptop run must never wait for a network
     ours = {"S1BOOK_ROOT": str(project_root()), "S1BOOK_RUN": str(run.dir.resolve()),
@@ -364,6 +415,7 @@ def execute(
     chapter: Chapter,  # which notebook
     preset: str,  # as the user named it: a name, or a path relative to nbs/
     overrides: list[str],  # "key=value" each
+    lanes: int = 1,  # how many chapters share the cores
 ) -> None:
     "Execute one notebook with papermill, in a fresh kernel; ChapterFailed when a cell raises."
     import papermill
@@ -372,7 +424,7 @@ def execute(
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     out = notebook_out(run, chapter)
     try:
-        with disk_errors(out), environment(kernel_environment(run, chapter)):
+        with disk_errors(out), environment(kernel_environment(run, chapter, lanes)):
             out.parent.mkdir(parents=True, exist_ok=True)
             values, folder = dict(preset=preset, overrides=overrides), chapter.path.parent
             papermill.execute_notebook(
@@ -458,21 +510,6 @@ def _check_parameters(
         raise S1Error(f"{show_path(chapter.path)}: found {len(tagged)} cells tagged parameters, "
                       "wanted exactly 1.")
 
-
-def _begin(
-    run: Run,  # where it will run
-    chapter: Chapter,  # which chapter
-    now: Stamp,  # its inputs
-    stale: list[str],  # artefacts it must not find
-    resume: bool,  # whether it goes on where it was interrupted
-) -> None:
-    "Write down that a chapter starts, before anything can go wrong."
-    set_aside(run, chapter, stale)
-    _state(run, chapter, "stamp.json").unlink(missing_ok=True)
-    if not resume:
-        _state(run, chapter, "trace.jsonl").unlink(missing_ok=True)
-    save_stamp(run, chapter, now, "started.json")
-
 # %% ../nbs/runner.ipynb #f742c836
 def _finish(
     run: Run,  # where it ran
@@ -494,29 +531,32 @@ def _finish(
         aside.write_text(json.dumps(known, indent=1) + "\n")
 
 # %% ../nbs/runner.ipynb #6c15a48c
-def run_chapter(
+def prepare(
     run: Run,  # where to run
     chapter: Chapter,  # which chapter
-    upstream: dict[str, str],  # artefacts of earlier chapters -> hash
-    command: tuple[str, list[str]],  # preset and overrides, to be injected
+    upstream: dict[str, str],  # artefacts of the chapters it needs -> hash
     force: bool,  # run although it is up to date
-    announce: Callable[[str], None],  # told why it runs, before it does
-) -> float | None:  # seconds, or None when it was up to date
-    "Run one chapter if it must, and stamp it."
+) -> tuple[str, Stamp]:  # why it must run, "" if it need not; its inputs
+    "Look whether a chapter must run."
     _check_parameters(chapter)
     now, old = inputs(run, chapter, upstream), load_stamp(run, chapter)
-    why = "forced" if force else why_run(run, chapter, now, old)
-    if not why:
-        return None
-    stale = to_set_aside(run, chapter, now, old, force)
-    announce(why)
-    begin = time.monotonic()
-    _begin(run, chapter, now, stale, resume=why == "unfinished" and not stale)
-    with peak_memory() as peak:
-        execute(run, chapter, *command)
-    seconds = time.monotonic() - begin
-    _finish(run, chapter, now, seconds, peak[0])
-    return seconds
+    return "forced" if force else why_run(run, chapter, now, old), now
+
+
+def begin(
+    run: Run,  # where it will run
+    chapter: Chapter,  # which chapter
+    why: str,  # the reason
+    now: Stamp,  # its inputs
+) -> None:
+    "Set aside what it must not find, and write down that it starts, before anything can go wrong."
+    stale = to_set_aside(run, chapter, now, load_stamp(run, chapter), why == "forced")
+    set_aside(run, chapter, stale)
+    _state(run, chapter, "stamp.json").unlink(missing_ok=True)
+    if why != "unfinished" or stale:  # else it goes on where it was interrupted
+        _state(run, chapter, "trace.jsonl").unlink(missing_ok=True)
+    _state(run, chapter, "progress").unlink(missing_ok=True)
+    save_stamp(run, chapter, now, "started.json")
 
 # %% ../nbs/runner.ipynb #22c71115
 def upstream_of(
@@ -552,46 +592,168 @@ def _injected(
     return preset if path.stem == preset else Path(relative).as_posix()
 
 # %% ../nbs/runner.ipynb #1d5cf055
-@contextlib.contextmanager
-def _said(
-    say: Callable[..., Any],  # where progress lines go
-) -> Iterator[None]:
-    "End the progress line of a chapter that does not finish."
+def _end_with_parent() -> None:
+    "A runner that was killed cannot stop its chapters; so each of them watches it."
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _work(
+    answer: Connection,  # where (seconds, gigabytes) goes, or the error
+    environ: dict[str, str],  # of the runner; this process was forked from a server of an older one
+    lanes: int,  # how many chapters share the cores
+    *what: Any,  # run, chapter, preset, overrides
+) -> None:
+    "Execute one chapter, in a process of its own."
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)  # Ctrl-C reaches the runner alone, which tells us once
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    began = time.monotonic()
     try:
-        yield
-    except BaseException:
-        say("stopped", flush=True)
-        raise
+        with environment(environ), peak_memory() as peak:
+            execute(*what, lanes)
+        answer.send((time.monotonic() - began, peak[0]))
+    except S1Error as error:
+        answer.send(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _context() -> Any:
+    "How processes are made: forked from one that has papermill loaded, where the system can."
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["papermill", "s1book.runner"])
+    return context
+
+
+@dataclass(frozen=True)
+class AtWork:
+    "A chapter that is being executed."
+    chapter: Chapter  # which
+    now: Stamp  # its inputs
+    process: Any  # multiprocessing.Process
+    answer: Connection  # what it will say at the end
+
+    def result(self) -> tuple[float, float] | S1Error:  # seconds and gigabytes, or what went wrong
+        "What came of it, once the process has ended."
+        self.process.join()
+        try:
+            return self.answer.recv()
+        except EOFError:
+            code = self.process.exitcode
+            return S1Error(f"The process that ran chapter {self.chapter.name} ended with code "
+                           f"{code}; run the same command again to continue from this chapter.")
+
+    def stop(self) -> None:
+        "Interrupt it, so that its kernel is closed and its notebook saved; then wait."
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(self.process.pid, signal.SIGINT)
+        self.process.join(20)
+        self.process.kill()
 
 # %% ../nbs/runner.ipynb #1d5cf056
 LOOK = 15.0   # seconds between two looks at a stage's progress
 
 
-@contextlib.contextmanager
-def passed_on(
-    path: Path,  # where a long stage leaves its progress line, see live_line in s1book.store
-    say: Callable[..., Any],  # where progress lines go
-) -> Iterator[None]:
-    "Say how far a long stage is, now and then, while the line has changed."
-    path.unlink(missing_ok=True)
-    stop = threading.Event()
+class Course:
+    "The chapters of one call of `run_course`: which wait, which are at work, what is said."
 
-    def look() -> None:
-        told = ""
-        while not stop.wait(LOOK):
+    def __init__(
+        self,
+        run: Run,  # gives preset and folder
+        chapters: list[Chapter],  # the whole course
+        span: range,  # which of them to run
+        command: tuple[str, list[str]],  # preset and overrides, to be injected
+        force: bool,  # run chapters although they are up to date
+        say: Callable[..., Any],  # where progress lines go
+    ):
+        self.run, self.command, self.force, self.say = run, command, force, say
+        self.needed, self.expected = all_needs(chapters), expected_seconds(run)
+        self.waiting, self.at_work = [chapters[i] for i in span], []
+        self.heads = {c.name: f"[{i:2}/{len(span)}] {c.name:<18}"
+                      for i, c in enumerate(self.waiting, 1)}
+        self.told, self.failed, self.context, self.began = {}, None, _context(), time.monotonic()
+
+    def ready(self) -> list[Chapter]:
+        "Chapters that could start now, in order: nothing that they need is unfinished."
+        busy = {c.name for c in (*self.waiting, *(a.chapter for a in self.at_work))}
+        return [c for c in self.waiting if not busy & {n.name for n in self.needed[c.name]}]
+
+    def fill(
+        self,
+        jobs: int,  # how many chapters may run at the same time
+    ) -> None:
+        "Pass over what is up to date, and start what can start."
+        while ready := self.ready():
+            earlier = {c: upstream_of(self.run, self.needed[c.name]) for c in ready}
+            reasons = {c: prepare(self.run, c, earlier[c], self.force) for c in ready}
+            current = [c for c in ready if not reasons[c][0]]
+            for chapter in current:
+                self.waiting.remove(chapter)
+                self.say(f"{self.heads[chapter.name]} up to date", flush=True)
+            if not current and len(self.at_work) >= jobs:
+                return
+            if not current:
+                lanes = min(jobs, len(self.at_work) + len(ready))
+                self.start(ready[0], *reasons[ready[0]], lanes)
+
+    def start(
+        self,
+        chapter: Chapter,  # which
+        why: str,  # the reason, to be said
+        now: Stamp,  # its inputs
+        lanes: int,  # how many chapters share the cores
+    ) -> None:
+        "Begin with one chapter."
+        due = self.expected.get(chapter.name)
+        due = f"expected {clock(due)}" if due else "no expectation yet"
+        self.say(f"{self.heads[chapter.name]} {why}; {due} ...", flush=True)
+        begin(self.run, chapter, why, now)
+        here, there = self.context.Pipe(duplex=False)
+        what = (there, dict(os.environ), lanes, self.run, chapter, *self.command)
+        process = self.context.Process(target=_work, args=what)
+        process.start()
+        there.close()
+        self.waiting.remove(chapter)
+        self.at_work.append(AtWork(chapter, now, process, here))
+
+    def look(self) -> None:
+        "Wait until a chapter ends, or for a while; pass on how far the long ones are."
+        ended = wait([a.process.sentinel for a in self.at_work], LOOK)
+        for one in [a for a in self.at_work if a.process.sentinel in ended]:
+            self.end(one)
+        for one in self.at_work:
+            path, name = _state(self.run, one.chapter, "progress"), one.chapter.name
             line = path.read_text(encoding="utf-8") if path.exists() else ""
-            if line != told:
-                say(f"\n{'':8}{line} ... ", end="", flush=True)
-                told = line
+            if line != self.told.get(name, ""):
+                self.say(f"{'':8}{name}: {line}", flush=True)
+                self.told[name] = line
 
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        watcher.join()
+    def end(
+        self,
+        one: AtWork,  # whose process has ended
+    ) -> None:
+        "Stamp a chapter; after an error nothing new begins, what is at work goes on to its end."
+        self.at_work.remove(one)
+        name, since = one.chapter.name, clock(time.monotonic() - self.began)
+        try:
+            if isinstance(got := one.result(), S1Error):
+                raise got
+            check_foreseen(self.run, one.chapter, self.needed[name])
+            _finish(self.run, one.chapter, one.now, *got)
+            what = f"done in {clock(got[0])}"
+        except S1Error as error:
+            self.failed, self.waiting, what = self.failed or error, [], "failed"
+        self.say(f"{self.heads[name]} {what}, {since} since the start", flush=True)
 
+    def stop(self) -> None:
+        "Interrupt whatever is still at work."
+        for one in self.at_work:
+            self.say(f"{self.heads[one.chapter.name]} stopped", flush=True)
+            one.stop()
 
 # %% ../nbs/runner.ipynb #7cc638be
 def run_course(
@@ -600,28 +762,31 @@ def run_course(
     start: str | None = None,  # first chapter; None: the first of all
     stop: str | None = None,  # last chapter; None: the last of all
     force: bool = False,  # run chapters although they are up to date
+    jobs: int = 1,  # how many chapters may run at the same time
     say: Callable[..., Any] = print,  # where progress lines go
 ) -> Run:
-    "Execute the chapters in order, each in a fresh kernel, skipping what is up to date."
+    "Execute the chapters, each in a fresh kernel, in an order that gives each what it reads."
     run, chapters = Run.open(preset, overrides), find_chapters()
     command = _injected(preset, chapters[0].path.parent), list(overrides)
-    span, expected, begin = _span(chapters, start, stop), expected_seconds(run), time.monotonic()
+    course = Course(run, chapters, _span(chapters, start, stop), command, force, say)
     with locked(run):
-        for i in span:
-            name = chapters[i].name
-            due = f"expected {clock(expected[name])}" if name in expected else "no expectation yet"
-            head = f"[{span.index(i) + 1:2}/{len(span)}] {name:<18}"
-
-            def announce(why: str) -> None:
-                say(f"{head} {why}; {due} ... ", end="", flush=True)
-
-            with _said(say), passed_on(_state(run, chapters[i], "progress"), say):
-                earlier = upstream_of(run, chapters[:i])
-                took = run_chapter(run, chapters[i], earlier, command, force, announce)
-            since = clock(time.monotonic() - begin)
-            say(f"{head} up to date" if took is None else
-                f"done in {clock(took)}, {since} since the start", flush=True)
+        try:
+            course.fill(jobs)
+            while course.at_work:
+                course.look()
+                course.fill(jobs)
+        finally:
+            course.stop()
+    if course.failed:
+        raise course.failed
     return run
+
+
+def default_jobs(
+    run: Run,  # gives the device
+) -> int:  # chapters at the same time
+    "Two on a CPU with two cores or more; one where a GPU's memory must not be shared."
+    return 2 if run.preset.device == "cpu" and cores() > 1 else 1
 
 # %% ../nbs/runner.ipynb #b877f719
 _ABSOLUTE = re.compile(

@@ -15,8 +15,8 @@ import pytest
 
 from s1book.config import Run, S1Error, read_jsonl
 from s1book.runner import (
-    Chapter, ChapterFailed, Stamp, adopt_outputs, badge, clean_output, digest, digest_path,
-    expected_seconds, find_chapter, find_chapters, imported_modules, inputs, load_stamp, locked,
+    Chapter, ChapterFailed, Stamp, adopt_outputs, all_needs, badge, clean_output, cores, digest,
+    digest_path, environment, expected_seconds, find_chapter, find_chapters, imported_modules, inputs, load_stamp, locked, needs,
     package_digest, read_notebook, readme, refresh_badges, run_course, with_badge, with_outputs,
 )
 from bad_server import BadServer
@@ -179,7 +179,7 @@ def size(path):
 def test_a_killed_run_continues_where_it_was(course, how):
     write_chapter(course.root, "01_second", SLOW)
     records = course.dir / "records.jsonl"
-    process = start_process(course)
+    process = start_process(course, "--jobs", "1")
     wait_for(lambda: size(records) > 60)
     process.send_signal(how)
     out, err = process.communicate(timeout=60)
@@ -196,6 +196,101 @@ def test_a_killed_run_continues_where_it_was(course, how):
     rows = read_jsonl(records)
     assert "00_first           up to date" in said and "unfinished" in said
     assert [r["i"] for r in rows] == list(range(30)) and len({r["pid"] for r in rows}) == 2
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_two_chapters_that_are_killed_together_continue_together(course, how):
+    for name in ("00_first", "01_second"):
+        write_chapter(course.root, name, SLOW.replace("records", name))
+    records = [course.dir / "00_first.jsonl", course.dir / "01_second.jsonl"]
+    process = start_process(course, "--jobs", "2")
+    wait_for(lambda: all(size(path) > 60 for path in records))
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    before = []
+    while before != (before := [size(path) for path in records]):
+        time.sleep(1.5)
+    assert course(jobs=2).count("unfinished") == 2
+    for rows in map(read_jsonl, records):
+        assert [r["i"] for r in rows] == list(range(30)) and len({r["pid"] for r in rows}) == 2
+
+
+MEETS = """
+import time
+run.write("{mine}").write_text("here")
+end = time.monotonic() + 30
+while not (run.dir / "{other}").exists():
+    assert time.monotonic() < end, "alone"
+    time.sleep(0.05)
+"""
+
+
+def test_chapters_that_do_not_read_each_other_run_at_the_same_time(course):
+    write_chapter(course.root, "00_first", MEETS.format(mine="a.txt", other="b.txt"))
+    write_chapter(course.root, "01_second", MEETS.format(mine="b.txt", other="a.txt"))
+    assert course(jobs=2).count("done in") == 2
+    assert course(jobs=2).count("up to date") == 2
+
+
+def test_a_chapter_waits_for_those_whose_work_it_reads_and_for_no_other(course):
+    """02 makes a pool, 03 reads it while 01 waits for what 03 leaves."""
+    write_chapter(course.root, "01_second", MEETS.format(mine="a.txt", other="leaks.jsonl"))
+    slow = "import time; time.sleep(2)\n"
+    write_chapter(course.root, "02_pool", slow + 'run.write("pool.parquet").write_text("PAR1 x PAR1")')
+    read = 'text = (run.dir / "pool.parquet").read_text()\nrun.write("leaks.jsonl").write_text(text)'
+    write_chapter(course.root, "03_leaks", "if False:\n    run.read('pool.parquet')\n" + read)
+    assert course(jobs=2).count("done in") == 4
+    assert (course.dir / "leaks.jsonl").read_text() == "PAR1 x PAR1"
+    place = [course.said.index(f"{name:<18} done in") for name in ("02_pool", "03_leaks", "01_second")]
+    assert place == sorted(place)
+
+
+def test_what_a_chapter_needs_is_read_from_its_code():
+    chapters = find_chapters()
+    needed = {name[:2]: {c.name[:2] for c in before} for name, before in all_needs(chapters).items()}
+    assert not needed["00"] | needed["01"] | needed["02"] and needed["03"] == {"01", "02"}
+    assert needed["09"] == {"01", "02", "03", "04", "05", "06", "07", "08"}
+    assert "12" not in needed["13"] and "09" in needed["13"]
+    assert needed["15"] == needed["14"] | {"14"}
+
+
+@pytest.mark.parametrize("code, wanted", [
+    ("run.read('pool.parquet')", ["02_pool"]), ('run.read(\n    f"benchmarks/{name}.jsonl")', ["01_world"]),
+    ("run.model('small')", ["01_world"]), ("run.write('pool.parquet')", []), ("other.run.read('x')", ...),
+    ("run.read(name)", ...), ("run.read('nobody.txt')", ...), ("1", []),
+])
+def test_an_artefact_whose_maker_is_unknown_means_everything_before(tmp_path, code, wanted):
+    earlier = [Chapter(write_chapter(tmp_path, name, "1")) for name in ("00_a", "01_world", "02_pool")]
+    chapter = Chapter(write_chapter(tmp_path, "03_b", code))
+    assert needs(chapter, earlier) == [c for c in earlier if wanted is ... or c.name in wanted]
+
+
+def test_reading_what_no_cell_names_is_refused(course):
+    write_chapter(course.root, "02_pool", 'run.write("pool.parquet").write_text("PAR1 x PAR1")')
+    write_chapter(course.root, "03_leaks", 'ask = run.read\nask("pool.parquet")')
+    with pytest.raises(S1Error, match=r"03_leaks read pool.parquet, which chapter 02 makes, but no cell"):
+        course()
+    assert "03_leaks           failed" in course.said
+
+
+def test_when_one_fails_the_other_goes_on_to_its_end_and_nothing_new_begins(course):
+    write_chapter(course.root, "00_first", MEETS.format(mine="a.txt", other="b.txt") + "raise ValueError('no')")
+    write_chapter(course.root, "01_second", MEETS.format(mine="b.txt", other="a.txt") + "time.sleep(3)")
+    write_chapter(course.root, "02_third", "1")
+    with pytest.raises(ChapterFailed, match="Chapter 00_first failed in cell 4 of 4: ValueError: no"):
+        course(jobs=2)
+    assert "01_second          done in" in course.said and "02_third" not in course.said
+
+
+def test_chapters_that_run_together_share_the_cores(course):
+    show = 'import os\nrun.write("{0}").write_text(os.environ["OMP_NUM_THREADS"])'
+    write_chapter(course.root, "00_first", show.format("a.txt"))
+    write_chapter(course.root, "01_second", show.format("b.txt"))
+    with environment({"OMP_NUM_THREADS": ""}):
+        del os.environ["OMP_NUM_THREADS"]
+        course(jobs=2)
+    share = {(course.dir / name).read_text() for name in ("a.txt", "b.txt")}
+    assert share == {str(max(1, cores() // 2))}
 
 
 def test_an_interrupted_chapter_with_another_seed_starts_over(course):
@@ -447,6 +542,6 @@ def test_the_progress_of_a_long_stage_reaches_whoever_runs_the_course(course, mo
     with BadServer(think=0.5) as server:
         write_chapter(course.root, "01_second", ASKING.replace("URL", repr(server.url)))
         said = course()
-    told = re.findall(r"\n +(\d+) of 14 asked, 0 failed, 0\.\d\d US dollars, about [\d,]+ \w+ left \.\.\. ", said)
+    told = re.findall(r"01_second: (\d+) of 14 asked, 0 failed, 0\.\d\d US dollars, about [\d,]+ \w+ left\n?", said)
     assert len(told) >= 2 and told == sorted(set(told), key=int)
     assert "done in" in said.rstrip().splitlines()[-1]

@@ -348,7 +348,7 @@ QUIET = {  # progress bars, telemetry and warnings about missing widgets do not 
     "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore:IProgress not found", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-    "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0",
+    "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", "KINETO_LOG_LEVEL": "99",
 }
 
 
@@ -619,7 +619,7 @@ def _work(
     except KeyboardInterrupt:
         sys.exit(130)
 
-
+# %% ../nbs/runner.ipynb #a1c0de09
 def _context() -> Any:
     "How processes are made: forked from one that has papermill loaded, where the system can."
     if "forkserver" not in multiprocessing.get_all_start_methods():
@@ -628,7 +628,7 @@ def _context() -> Any:
     context.set_forkserver_preload(["papermill", "s1book.runner"])
     return context
 
-
+# %% ../nbs/runner.ipynb #a1c0de08
 @dataclass(frozen=True)
 class AtWork:
     "A chapter that is being executed."
@@ -655,105 +655,128 @@ class AtWork:
         self.process.kill()
 
 # %% ../nbs/runner.ipynb #1d5cf056
+@dataclass
+class Course:
+    "One call of `run_course`: what it is told, which chapters wait, which are at work."
+    run: Run  # gives preset and folder
+    chapters: list[Chapter]  # the whole course
+    span: range  # which of them to run
+    command: tuple[str, list[str]]  # preset and overrides, to be injected
+    force: bool  # run chapters although they are up to date
+    say: Callable[..., Any]  # where progress lines go
+    at_work: list[AtWork] = field(default_factory=list)  # what is being executed
+    told: dict[str, str] = field(default_factory=dict)  # chapter -> its last progress line
+    failed: S1Error | None = None  # the first error
+
+    def __post_init__(self):
+        self.waiting = [self.chapters[i] for i in self.span]
+        self.needed, self.expected = all_needs(self.chapters), expected_seconds(self.run)
+        self.context, self.began = _context(), time.monotonic()
+
+    def tell(
+        self,
+        chapter: Chapter,  # which
+        text: str,  # what happened
+    ) -> None:
+        "A progress line."
+        place = self.chapters.index(chapter) - self.span[0] + 1
+        self.say(f"[{place:2}/{len(self.span)}] {chapter.name:<18} {text}", flush=True)
+
+    def since(self) -> str:
+        "How long the run has taken so far."
+        return f"{clock(time.monotonic() - self.began)} since the start"
+
+# %% ../nbs/runner.ipynb #a1c0de05
+def _ready(
+    course: Course,
+) -> list[Chapter]:
+    "Chapters that could start now, in order: nothing that they need is unfinished."
+    busy = {c.name for c in (*course.waiting, *(a.chapter for a in course.at_work))}
+    return [c for c in course.waiting if not busy & {n.name for n in course.needed[c.name]}]
+
+
+def _fill(
+    course: Course,
+    jobs: int,  # how many chapters may run at the same time
+) -> None:
+    "Pass over what is up to date, and start what can start."
+    while ready := _ready(course):
+        earlier = {c: upstream_of(course.run, course.needed[c.name]) for c in ready}
+        reasons = {c: prepare(course.run, c, earlier[c], course.force) for c in ready}
+        current = [c for c in ready if not reasons[c][0]]
+        for chapter in current:
+            course.waiting.remove(chapter)
+            course.tell(chapter, "up to date")
+        if not current and len(course.at_work) >= jobs:
+            return
+        if not current:
+            lanes = min(jobs, len(course.at_work) + len(ready))
+            _start(course, ready[0], *reasons[ready[0]], lanes)
+
+# %% ../nbs/runner.ipynb #a1c0de06
+def _start(
+    course: Course,
+    chapter: Chapter,  # which
+    why: str,  # the reason, to be said
+    now: Stamp,  # its inputs
+    lanes: int,  # how many chapters share the cores
+) -> None:
+    "Begin with one chapter."
+    due = course.expected.get(chapter.name)
+    due = f"expected {clock(due)}" if due else "no expectation yet"
+    course.tell(chapter, f"{why}; {due} ...")
+    begin(course.run, chapter, why, now)
+    here, there = course.context.Pipe(duplex=False)
+    what = (there, dict(os.environ), lanes, course.run, chapter, *course.command)
+    process = course.context.Process(target=_work, args=what)
+    process.start()
+    there.close()
+    course.waiting.remove(chapter)
+    course.at_work.append(AtWork(chapter, now, process, here))
+
+# %% ../nbs/runner.ipynb #a1c0de10
+def _end(
+    course: Course,
+    one: AtWork,  # whose process has ended
+) -> None:
+    "Stamp a chapter; after an error nothing new begins, what is at work goes on to its end."
+    course.at_work.remove(one)
+    try:
+        if isinstance(got := one.result(), S1Error):
+            raise got
+        check_foreseen(course.run, one.chapter, course.needed[one.chapter.name])
+        _finish(course.run, one.chapter, one.now, *got)
+        course.tell(one.chapter, f"done in {clock(got[0])}, {course.since()}")
+    except S1Error as error:
+        course.failed, course.waiting = course.failed or error, []
+        course.tell(one.chapter, f"failed, {course.since()}")
+
+# %% ../nbs/runner.ipynb #a1c0de07
 LOOK = 15.0   # seconds between two looks at a stage's progress
 
 
-class Course:
-    "The chapters of one call of `run_course`: which wait, which are at work, what is said."
+def _look(
+    course: Course,
+) -> None:
+    "Wait until a chapter ends, or for a while; pass on how far the long ones are."
+    ended = wait([a.process.sentinel for a in course.at_work], LOOK)
+    for one in [a for a in course.at_work if a.process.sentinel in ended]:
+        _end(course, one)
+    for one in course.at_work:
+        path, name = _state(course.run, one.chapter, "progress"), one.chapter.name
+        line = path.read_text(encoding="utf-8") if path.exists() else ""
+        if line != course.told.get(name, ""):
+            course.say(f"{'':8}{name}: {line}", flush=True)
+            course.told[name] = line
 
-    def __init__(
-        self,
-        run: Run,  # gives preset and folder
-        chapters: list[Chapter],  # the whole course
-        span: range,  # which of them to run
-        command: tuple[str, list[str]],  # preset and overrides, to be injected
-        force: bool,  # run chapters although they are up to date
-        say: Callable[..., Any],  # where progress lines go
-    ):
-        self.run, self.command, self.force, self.say = run, command, force, say
-        self.needed, self.expected = all_needs(chapters), expected_seconds(run)
-        self.waiting, self.at_work = [chapters[i] for i in span], []
-        self.heads = {c.name: f"[{i:2}/{len(span)}] {c.name:<18}"
-                      for i, c in enumerate(self.waiting, 1)}
-        self.told, self.failed, self.context, self.began = {}, None, _context(), time.monotonic()
 
-    def ready(self) -> list[Chapter]:
-        "Chapters that could start now, in order: nothing that they need is unfinished."
-        busy = {c.name for c in (*self.waiting, *(a.chapter for a in self.at_work))}
-        return [c for c in self.waiting if not busy & {n.name for n in self.needed[c.name]}]
-
-    def fill(
-        self,
-        jobs: int,  # how many chapters may run at the same time
-    ) -> None:
-        "Pass over what is up to date, and start what can start."
-        while ready := self.ready():
-            earlier = {c: upstream_of(self.run, self.needed[c.name]) for c in ready}
-            reasons = {c: prepare(self.run, c, earlier[c], self.force) for c in ready}
-            current = [c for c in ready if not reasons[c][0]]
-            for chapter in current:
-                self.waiting.remove(chapter)
-                self.say(f"{self.heads[chapter.name]} up to date", flush=True)
-            if not current and len(self.at_work) >= jobs:
-                return
-            if not current:
-                lanes = min(jobs, len(self.at_work) + len(ready))
-                self.start(ready[0], *reasons[ready[0]], lanes)
-
-    def start(
-        self,
-        chapter: Chapter,  # which
-        why: str,  # the reason, to be said
-        now: Stamp,  # its inputs
-        lanes: int,  # how many chapters share the cores
-    ) -> None:
-        "Begin with one chapter."
-        due = self.expected.get(chapter.name)
-        due = f"expected {clock(due)}" if due else "no expectation yet"
-        self.say(f"{self.heads[chapter.name]} {why}; {due} ...", flush=True)
-        begin(self.run, chapter, why, now)
-        here, there = self.context.Pipe(duplex=False)
-        what = (there, dict(os.environ), lanes, self.run, chapter, *self.command)
-        process = self.context.Process(target=_work, args=what)
-        process.start()
-        there.close()
-        self.waiting.remove(chapter)
-        self.at_work.append(AtWork(chapter, now, process, here))
-
-    def look(self) -> None:
-        "Wait until a chapter ends, or for a while; pass on how far the long ones are."
-        ended = wait([a.process.sentinel for a in self.at_work], LOOK)
-        for one in [a for a in self.at_work if a.process.sentinel in ended]:
-            self.end(one)
-        for one in self.at_work:
-            path, name = _state(self.run, one.chapter, "progress"), one.chapter.name
-            line = path.read_text(encoding="utf-8") if path.exists() else ""
-            if line != self.told.get(name, ""):
-                self.say(f"{'':8}{name}: {line}", flush=True)
-                self.told[name] = line
-
-    def end(
-        self,
-        one: AtWork,  # whose process has ended
-    ) -> None:
-        "Stamp a chapter; after an error nothing new begins, what is at work goes on to its end."
-        self.at_work.remove(one)
-        name, since = one.chapter.name, clock(time.monotonic() - self.began)
-        try:
-            if isinstance(got := one.result(), S1Error):
-                raise got
-            check_foreseen(self.run, one.chapter, self.needed[name])
-            _finish(self.run, one.chapter, one.now, *got)
-            what = f"done in {clock(got[0])}"
-        except S1Error as error:
-            self.failed, self.waiting, what = self.failed or error, [], "failed"
-        self.say(f"{self.heads[name]} {what}, {since} since the start", flush=True)
-
-    def stop(self) -> None:
-        "Interrupt whatever is still at work."
-        for one in self.at_work:
-            self.say(f"{self.heads[one.chapter.name]} stopped", flush=True)
-            one.stop()
+def _stop(
+    course: Course,
+) -> None:
+    "Interrupt whatever is still at work."
+    for one in course.at_work:
+        course.tell(one.chapter, "stopped")
+        one.stop()
 
 # %% ../nbs/runner.ipynb #7cc638be
 def run_course(
@@ -771,12 +794,12 @@ def run_course(
     course = Course(run, chapters, _span(chapters, start, stop), command, force, say)
     with locked(run):
         try:
-            course.fill(jobs)
+            _fill(course, jobs)
             while course.at_work:
-                course.look()
-                course.fill(jobs)
+                _look(course)
+                _fill(course, jobs)
         finally:
-            course.stop()
+            _stop(course)
     if course.failed:
         raise course.failed
     return run

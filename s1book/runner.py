@@ -329,7 +329,7 @@ def all_needs(
         found[chapter.name] = [c for c in chapters[:i] if c.name in names]
     return found
 
-
+# %% ../nbs/runner.ipynb #a1c0de11
 def check_foreseen(
     run: Run,  # whose trace
     chapter: Chapter,  # which has run

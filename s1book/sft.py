@@ -16,8 +16,8 @@ from .adapters import base_weights, kernels, lora
 from .config import Preset, Run
 from .format import load_tokenizer
 from s1book.training_files import (
-    TrainingError, check_model, fingerprint, last_complete, load_samples, rows_of, sample_fault,
-    save_log, save_model, vocabulary, watch,
+    TrainingError, check_model, fingerprint, finished, last_complete, load_samples, read_log,
+    rows_of, sample_fault, save_log, save_model, vocabulary, watch,
 )
 
 if TYPE_CHECKING:
@@ -113,8 +113,9 @@ def make_trainer(
                          processing_class=load_tokenizer(model), peft_config=lora(preset))
     trainer.remove_callback(PrinterCallback)
     found = trainer.accelerator.distributed_type.value
-    if args.fsdp and found != "FSDP":  # accelerate falls back to DDP on CPU without a word
-        raise TrainingError(f"sft.sharding: found {found}, wanted FSDP with one process per GPU.")
+    if preset.sft.sharding == "fsdp" and found != "FSDP":  # on a CPU accelerate quietly takes DDP
+        raise TrainingError(f"sft.sharding: found {found}, wanted FSDP with one process per GPU; "
+                            "s1book launch prints the command.")
     return trainer
 
 # %% ../nbs/09_sft.ipynb #530a88a5
@@ -126,16 +127,19 @@ def fine_tune(
     log: Path,  # where sft_log.csv goes
     callbacks: tuple = (),  # more TrainerCallbacks
 ) -> list[dict]:  # the trainer's log
-    "Fine-tune (paper section 4.1); an interrupted training goes on from its last whole epoch."
+    "Fine-tune (paper section 4.1); an interrupted training goes on, a finished one is kept."
     samples = load_samples(tokens, vocabulary(model))
     check_model(model, load_tokenizer(model), samples, tokens)
-    work = folder.with_name(f"{folder.name}_work") / fingerprint(preset, model, tokens)
+    name = fingerprint(preset, model, tokens)
+    if finished(folder, log, name):
+        return read_log(log)
+    work = folder.with_name(f"{folder.name}_work") / name
     trainer = make_trainer(preset, model, samples.select_columns(["input_ids", "labels"]), work,
                            callbacks)
     watch(trainer, samples["question_hash"])
     done = last_complete(work)
     trainer.train(resume_from_checkpoint=str(done) if done else None)
-    save_model(trainer, folder, preset, model)
+    save_model(trainer, folder, preset, model, name)
     if trainer.is_world_process_zero():
         save_log(trainer.state.log_history, log)
         shutil.rmtree(work.parent)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'TrainingError', 'sample_fault', 'load_samples', 'check_model', 'vocabulary', 'fingerprint',
-           'last_complete', 'watch', 'rows_of', 'save_log', 'save_model']
+           'last_complete', 'watch', 'rows_of', 'save_log', 'read_log', 'finished', 'save_model']
 
 # %% ../nbs/training_files.ipynb #97a6ece9
 import csv
@@ -184,12 +184,37 @@ def save_log(
         table.writeheader()
         table.writerows(entry for entry in history if "loss" in entry)
 
+
+def read_log(
+    path: Path,  # sft_log.csv
+) -> list[dict]:  # one entry per optimiser step, as in trainer.state.log_history
+    "A log that save_log wrote."
+    with open(path, newline="") as file:
+        return [{k: float(v) if k != "step" else int(v) for k, v in row.items()}
+                for row in csv.DictReader(file)]
+
 # %% ../nbs/training_files.ipynb #443e994b
+def finished(
+    folder: Path,  # the model folder
+    log: Path,  # sft_log.csv
+    name: str,  # fingerprint of the training
+) -> bool:
+    "Whether exactly this training has been done; says so, and how to do it again."
+    try:
+        same = json.loads((folder / "training.json").read_text())["fingerprint"] == name
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if same and log.exists():
+        print(f"{show_path(folder)} holds this very training, finished; delete it to train again.")
+    return same and log.exists()
+
+
 def save_model(
     trainer: "SFTTrainer",  # after training
     folder: Path,  # the model folder
     preset: Preset,  # sft.lora_rank, model.dtype
     model: str,  # folder or hub name of the base model
+    name: str,  # fingerprint of the training
 ) -> None:
     "Write weights and tokenizer aside, then rename; no pickle with this machine's paths stays."
     trainer.model.config.use_cache = True  # the trainer switched it off for its own forward passes
@@ -200,6 +225,7 @@ def save_model(
             _replace_by_merged(target, model, preset.model.dtype)
         if first:
             (target / "training_args.bin").unlink(missing_ok=True)
+            (target / "training.json").write_text(json.dumps({"fingerprint": name}) + "\n")
 
 
 def _replace_by_merged(folder: Path, model: str, dtype: str) -> None:

@@ -191,21 +191,21 @@ def plain_losses(folder, batches, preset, steps):
     return losses
 
 
-@pytest.mark.parametrize("micro", [16, 4])
-def test_trl_takes_the_steps_of_the_plain_loop(
+@pytest.mark.parametrize("micro", [2, 1])
+def test_twenty_steps_of_trl_are_those_of_the_plain_loop(
     tokens, tiny_folder, tiny_tokenizer, tmp_path, micro
 ):
-    whole, split = (load_preset("tiny", [*FEW, f"sft.micro_batch_size={m}"]) for m in (16, micro))
+    steps = ["sft.epochs=1", "sft.batch_size=2", "sft.micro_batch_size="]
+    whole, split = (load_preset("tiny", [*steps[:2], f"{steps[2]}{m}"]) for m in (2, micro))
     samples = load_samples(tokens, len(tiny_tokenizer))
     trainer = make_trainer(whole, str(tiny_folder), samples, tmp_path / "work")
     batches = list(trainer.get_train_dataloader())
-    if micro != 16:  # the same batches in four passes each
+    if micro != 2:  # the same batches in two passes each
         trainer = make_trainer(split, str(tiny_folder), samples, tmp_path / "work")
     trainer.train()
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
-    assert losses[:3] == pytest.approx(
-        plain_losses(tiny_folder, batches, whole, trainer.state.max_steps), abs=1e-5
-    )
+    plain = plain_losses(tiny_folder, batches, whole, trainer.state.max_steps)
+    assert len(plain) == 20 and losses == pytest.approx(plain, abs=1e-5)
     assert all(
         (b["labels"][b["attention_mask"] == 0] == IGNORE).all() for b in batches
     )  # pads carry no loss
@@ -285,6 +285,31 @@ def test_killed_training_ends_with_the_same_weights(tokens, tiny_folder):
     assert steps == list(range(4 if step <= 6 else 7, 10)), f"killed at step {step}"
     assert equal(weights(folder / "sft"), weights(folder / "through"))
     assert (folder / "sft.csv").read_bytes() == (folder / "through.csv").read_bytes()
+
+
+def test_a_finished_training_is_kept_and_another_is_not(tokens, tiny_folder, capsys):
+    first = train(tokens, tiny_folder, "sft")
+    model = tokens.parent / "sft" / "model.safetensors"
+    written = model.stat().st_mtime_ns
+    again = train(tokens, tiny_folder, "sft")
+    assert "holds this very training, finished" in capsys.readouterr().out
+    assert model.stat().st_mtime_ns == written
+    steps = [{k: h[k] for k in again[0]} for h in first if "loss" in h]
+    assert [{k: float(v) for k, v in h.items()} for h in steps] == again
+    train(tokens, tiny_folder, "sft", load_preset("tiny", [*FEW, "seed=1"]))
+    assert model.stat().st_mtime_ns != written
+    written = model.stat().st_mtime_ns
+    (tokens.parent / "sft.csv").unlink()  # what is not whole does not count as finished
+    train(tokens, tiny_folder, "sft", load_preset("tiny", [*FEW, "seed=1"]))
+    assert model.stat().st_mtime_ns != written and (tokens.parent / "sft.csv").exists()
+
+
+def test_sharding_with_one_process_is_refused(tokens, tiny_folder):
+    preset = load_preset("tiny", FEW)
+    alone = preset.model_copy(update={"sft": preset.sft.model_copy(update={"sharding": "fsdp"})})
+    with pytest.raises(TrainingError, match=r"found NO, wanted FSDP .* s1book launch prints"):
+        train(tokens, tiny_folder, "sft", alone)
+    assert not (tokens.parent / "sft").exists()
 
 
 def test_only_whole_checkpoints_count(tmp_path):

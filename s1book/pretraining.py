@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['SPECIALS', 'PROSE', 'TEMPLATE', 'IGNORE', 'Sample', 'LESSONS', 'SIZES', 'word_parts', 'vocabulary', 'make_tokenizer',
            'fact_sheet', 'document', 'Size', 'make_model', 'Composed', 'untrained_ids', 'batches', 'pad', 'optimisers',
-           'rate', 'loss_of', 'pretrain', 'save_model']
+           'rate', 'loss_of', 'pretrain', 'save_model', 'train_or_keep', 'train_side_by_side']
 
 # %% ../nbs/pretraining.ipynb #fef0636e
+import multiprocessing
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from .config import atomic
@@ -357,3 +359,38 @@ def save_model(
         aside.mkdir()
         model.save_pretrained(aside)
         make_tokenizer().save_pretrained(aside)
+
+# %% ../nbs/pretraining.ipynb #a1f0c3d2
+def train_or_keep(
+    name: str,  # of the model
+    size: Size,  # shape and length
+    folder: Path,  # gets the folder NAME/ and NAME_log.csv
+    seed: int,  # of weights and text
+    banned: frozenset[str],  # questions that must not occur
+) -> list[dict]:  # the log: mean losses of every 60 steps
+    "Train a base model into a folder, unless a finished one lies there."
+    import pandas as pd
+    import torch
+
+    log = folder / f"{name}_log.csv"
+    if log.exists() and (folder / name / "model.safetensors").exists():
+        return pd.read_csv(log).to_dict("records")
+    torch.set_num_threads(1)
+    rows: list[dict] = []
+    save_model(pretrain(size, seed, banned, rows.append), folder / name)
+    with atomic(log) as aside:
+        pd.DataFrame(rows).to_csv(aside, index=False)
+    return rows
+
+
+def train_side_by_side(
+    folder: Path,  # gets a folder and a log for each of SIZES
+    seed: int,  # of weights and text
+    banned: frozenset[str] = frozenset(),  # questions that must not occur
+    sizes: Mapping[str, Size] = MappingProxyType(SIZES),  # which models
+) -> dict[str, list[dict]]:  # name -> log
+    "Train several models at once, one process each; one that exists already is kept."
+    tasks = [(name, size, folder, seed, banned) for name, size in sizes.items()]
+    with multiprocessing.get_context("spawn").Pool(len(tasks)) as pool:
+        return dict(zip(sizes, pool.starmap(train_or_keep, tasks, chunksize=1)))
+

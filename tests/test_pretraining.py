@@ -1,7 +1,12 @@
 """How a base model is made: text without a test question, exact tokens, and the same weights for the same seed."""
 
 import hashlib
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 from hypothesis import given, settings
@@ -10,7 +15,7 @@ from hypothesis import strategies as st
 from s1book.config import load_preset
 from s1book.pretraining import (
     IGNORE, SIZES, Composed, batches, document, fact_sheet, loss_of, make_model, make_tokenizer,
-    pretrain, save_model, untrained_ids, vocabulary,
+    pretrain, save_model, train_side_by_side, untrained_ids, vocabulary,
 )
 from s1book.tiny import held_out
 from s1book.world import FAMILIES, make_problem, to_row
@@ -65,6 +70,50 @@ def test_pretraining_learns_and_repeats_itself_byte_for_byte(tmp_path):
     first = [loss_of(make_model(size, 7), Composed(size.hidden, 7), s).item()
              for s in batches(7, 2, held_out())]
     assert logs[0][-1]["documents"] < 0.6 * first[1]
+
+
+def test_models_trained_side_by_side_are_those_trained_alone_and_are_kept(tmp_path):
+    import torch
+
+    sizes = {name: replace(size, steps=60) for name, size in SIZES.items()}
+    (tmp_path / "alone").mkdir()
+    logs = train_side_by_side(tmp_path, 7, held_out(), sizes)
+    torch.set_num_threads(1)
+    for name, size in sizes.items():
+        save_model(pretrain(size, 7, held_out()), tmp_path / "alone" / name)
+        one, other = ((folder / name / "model.safetensors") for folder in (tmp_path, tmp_path / "alone"))
+        assert one.read_bytes() == other.read_bytes()
+    (tmp_path / "small/model.safetensors").write_bytes(b"kept")
+    again = train_side_by_side(tmp_path, 8, held_out(), sizes)   # another seed would give other logs
+    assert [[row["documents"] for row in again[n]] for n in sizes] == [[row["documents"] for row in logs[n]] for n in sizes]
+    assert (tmp_path / "small/model.safetensors").read_bytes() == b"kept"
+
+
+PARENT = """
+import pathlib
+from dataclasses import replace
+from s1book.pretraining import SIZES, train_side_by_side
+if __name__ == "__main__":
+    train_side_by_side(pathlib.Path("."), 7, sizes={n: replace(s, steps=240) for n, s in SIZES.items()})
+"""
+
+
+def test_models_whose_parent_was_killed_are_finished_and_nobody_lingers(tmp_path):
+    """Whoever runs the chapter again finds them; no process waits for a parent that is gone."""
+    import psutil
+
+    (tmp_path / "parent.py").write_text(PARENT)
+    paths = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    parent = subprocess.Popen([sys.executable, "parent.py"], cwd=tmp_path, env=paths)
+    deadline, found = time.monotonic() + 120, []
+    while len([c for c in found if c.cpu_times().user > 4]) < 2:   # both have begun
+        assert parent.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+        found = psutil.Process(parent.pid).children(recursive=True)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert not psutil.wait_procs(found, timeout=180)[1]
+    assert all((tmp_path / f"{name}_log.csv").exists() for name in SIZES)
 
 
 def test_the_preset_states_the_shape_of_the_model():

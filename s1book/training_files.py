@@ -208,7 +208,7 @@ def finished(
         print(f"{show_path(folder)} holds this very training, finished; delete it to train again.")
     return same and log.exists()
 
-
+# %% ../nbs/training_files.ipynb #f1a5b0e1
 def save_model(
     trainer: "SFTTrainer",  # after training
     folder: Path,  # the model folder

@@ -6,6 +6,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("s1book", deadline=None)  # a busy machine is no failure
+settings.load_profile("s1book")
 
 # The part of Qwen2.5's chat template that matters here: default system prompt, turns, generation.
 QWEN_TEMPLATE = (

@@ -229,6 +229,8 @@ class Budget(Section):
     max_thinking_tokens: int = Field(
         gt=0, description="thinking tokens allowed when no maximum is being tested")
     max_answer_tokens: int = Field(gt=0, description="tokens allowed for the answer after thinking")
+    mode: Literal["exact", "readme", "paper-eval"] = Field(
+        "exact", description="whose rules: ours, the reference's README, or its evaluation code")
 
 # %% ../nbs/sections.ipynb #a876385b
 class Evaluate(Section):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from s1book.budget import Force, ForceError, Forced, Trace, budget_force, closing, cut, make_force, rounds, sweep, up_to, whole_answer
 from s1book.config import load_preset
 from s1book.engine import Continuation, Sampling, ScriptedEngine, TransformersEngine
+from s1book.format import Delimiters
 
 from test_engine import sharp_model
 
@@ -145,8 +146,8 @@ def test_final_answer_is_written_only_after_a_maximum(trace, expected):
 
 def test_cut_and_up_to():
     trace = Trace(((7, 8), (WAIT,), (9,)), False)
-    assert cut(trace, 1) == Trace(((7,),), False) and cut(trace, 0) == Trace((), False)
-    assert cut(trace, 2) == Trace(((7, 8),), False) and cut(trace, 3) == Trace(((7, 8),), True) == up_to(trace, 0)
+    assert cut(FORCE, trace, 1) == Trace(((7,),), False) and cut(FORCE, trace, 0) == Trace((), False)
+    assert cut(FORCE, trace, 2) == Trace(((7, 8),), False) and cut(FORCE, trace, 3) == Trace(((7, 8),), True) == up_to(trace, 0)
     assert up_to(trace, 1) == up_to(trace, 7) == trace
 
 
@@ -203,13 +204,9 @@ def test_make_force(tiny_tokenizer):
     assert "<|endoftext|>" not in {decode([i]) for i in force.stop_ids}
 
 
-def test_a_mark_of_several_tokens_is_refused(tiny_tokenizer, monkeypatch):
-    import s1book.budget
-    from s1book.format import Delimiters
-
-    monkeypatch.setattr(s1book.budget, "S1", Delimiters(end="So 4"))
+def test_an_answer_must_end_with_one_token(tiny_tokenizer):
     with pytest.raises(ForceError, match="is 2 tokens, wanted one"):
-        make_force(tiny_tokenizer, load_preset("tiny").budget)
+        make_force(tiny_tokenizer, load_preset("tiny").budget, Delimiters(end="So 4"))
 
 
 def test_an_unknown_wait_is_refused(tiny_tokenizer):

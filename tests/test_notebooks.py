@@ -19,7 +19,7 @@ NOTEBOOKS = sorted(Path("nbs").glob("*.ipynb"))
 FOUNDATION = ["files", "sections", "settings", "style"]  # below every chapter; config hands their names on
 REFERENCE = {  # chapter -> what lies right below it: machinery, or what to look things up in
     "tiny": ["world", "pretraining"], "decontaminate": ["sources", "plain"], "traces": ["client", "store"],
-    "grade": ["asking", "verifier", "columns"], "features": ["judge", "rubric"]}
+    "engine": ["backends"], "grade": ["asking", "verifier", "columns"], "features": ["judge", "rubric"]}
 MACHINERY = ["preflight", "leaks", "card", "runner", "report", "cli"]  # above every chapter
 MODULES = sorted(p for p in Path("s1book").glob("*.py") if not p.name.startswith("_"))
 ABSOLUTE = re.compile(r"(?<![\w:/.~-])/(?:home|root|tmp|usr|Users|work|var|opt|mnt|private|srv)/|[A-Z]:\\+Users")

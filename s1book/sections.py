@@ -209,12 +209,16 @@ class Select(Section):
 # %% ../nbs/sections.ipynb #06c7a85b
 class Engine(Section):
     "Chapter 10: what generates the text."
-    kind: Literal["transformers", "vllm"] = Field(description="library that runs the model")
+    kind: Literal["transformers", "vllm", "server"] = Field(
+        description="library that runs the model, or a server that already holds it")
     slots: int = Field(gt=0, description="sequences decoded at the same time")
     dtype: Literal["float32", "bfloat16"] = Field(
         description="type of the weights while generating")
     tensor_parallel: int = Field(gt=0, description="devices that share one copy of the model")
     context: int = Field(gt=0, description="tokens of prompt, thinking and answer together")
+    server: Server = Field(
+        default_factory=lambda: Server(like="vllm"),
+        description="with kind 'server': one that takes token ids and returns them, as vLLM does")
 
 
 class Budget(Section):

@@ -70,7 +70,7 @@ def test_both_presets_train_the_papers_315_steps():
     ("budget.maxima=[8, 8]", "rising"),
     ("budget.maxima=[9999]", "at most budget.max_thinking_tokens"),
     ("budget.waits=[]", "at least 1 item"),
-    ("engine.kind=vlm", "'transformers' or 'vllm'"),
+    ("engine.kind=vlm", "'transformers', 'vllm' or 'server'"),
     ("engine.context=100", "more than max_thinking_tokens"),
     ("evaluate.benchmarks=[a, a]", "each benchmark once"),
     ("sft.betas=[0.9, 1.0]", "not including, 1"),

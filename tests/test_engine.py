@@ -1,5 +1,6 @@
 """The protocol and its engines: nobody waits, nothing is computed twice, no token changes."""
 
+import importlib.util
 import os.path
 import random
 import subprocess
@@ -325,8 +326,9 @@ def test_open_engine(tiny_folder):
     assert tokenizer.decode(tokenizer("How many r", add_special_tokens=False).input_ids) == "How many r"
 
 
-def test_vllm_is_not_here_yet(tiny_folder):
-    with pytest.raises(S1Error, match="later release"):
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_a_sentence_says_what_to_do(tiny_folder):
+    with pytest.raises(S1Error, match="vllm, which is not installed.*make test-vllm"):
         open_engine(load_preset("h100"), tiny_folder)
 
 

@@ -38,7 +38,7 @@ def ask_answer(prompt_ids: list[int], force: Force, trace: Trace) -> Continuatio
     if force.answer_temperature is not None:
         sampling = replace(sampling, temperature=force.answer_temperature)
     return Continuation(prompt_ids + trace.ids + list(closing(force, trace)), force.max_answer,
-                        force.answer_stops, sampling)
+                        force.answer_stops, sampling, phase="answer")
 
 
 def answered(force: Force, trace: Trace, reply: Continued) -> Forced:

@@ -220,13 +220,14 @@ def segment(
     "Let the model think until it ends by itself, or the limit does."
     if not force.long_ends:
         sampling = seeded(force.sampling, name)
-        [reply] = yield [Continuation(ids, limit, force.stop_ids, sampling, least)]
+        [reply] = yield [Continuation(ids, limit, force.stop_ids, sampling, least, "thinking")]
         return reply
     new, firsts = [], force.stop_ids | {mark[0] for mark in force.long_ends}
     lasts, beyond = {mark[-1] for mark in force.long_ends}, max(map(len, force.long_ends)) - 1
     while len(new) < limit + beyond:
         sampling, left = seeded(force.sampling, f"{name}.{len(new)}"), limit + beyond - len(new)
-        [reply] = yield [Continuation(ids + new, left, force.stop_ids | lasts, sampling)]
+        [reply] = yield [Continuation(
+            ids + new, left, force.stop_ids | lasts, sampling, phase="thinking")]
         new += reply.new_ids + [reply.stop_id] * (reply.stop_id is not None)
         end = end_of(new, force) if reply.stop_id is not None else 0
         if end and least <= len(new) - end:
@@ -235,7 +236,7 @@ def segment(
         if end:
             del new[-end:]
             sampling = seeded(force.sampling, f"{name}.{len(new)} again")
-            [reply] = yield [Continuation(ids + new, 1, firsts, sampling, min_new_tokens=1)]
+            [reply] = yield [Continuation(ids + new, 1, firsts, sampling, 1, "thinking")]
             new += reply.new_ids
     return Continued(new[:limit], None)
 

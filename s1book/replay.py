@@ -138,7 +138,7 @@ max-height:22em;overflow:auto;font-size:13px}
 #ID b{background:#d9ecf7;color:#111}
 """
 
-# %% ../nbs/replay.ipynb #338e543d
+# %% ../nbs/replay.ipynb #bdd40b07
 SHOW_SCRIPT = """
 (function () {
   document.querySelectorAll("#ID:not([data-ready])").forEach(function (page) {
@@ -166,7 +166,8 @@ SHOW_SCRIPT = """
       at("maximum").textContent = data.budgets[+slider.value];
       at("says").textContent = outcome.shown + " thinking tokens, " + outcome.forced +
         " of them ours (" + outcome.waits + " Waits); ended by " +
-        (outcome.end === "natural" ? "the model" : "the maximum") + "; answer: " + outcome.answer;
+        (outcome.end === "natural" ? "the model" : "the maximum") + "; it says: " + outcome.answer;
+      trace.scrollTop = trace.scrollHeight;
     }
 """
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Desk', 'Busy', 'EngineLost', 'Ticket', 'while_wanted', 'Live', 'work', 'close', 'follow', 'Thinking', 'Message',
-           'ChatRequest', 'Service', 'open_service', 'conversation', 'settle', 'bill', 'reply', 'head', 'Writer',
-           'last_pieces', 'chunks', 'complaint', 'unless_gone', 'routes', 'make_app', 'listening']
+           'ChatRequest', 'Service', 'open_service', 'conversation', 'settle', 'bill', 'reply', 'head', 'chunks',
+           'complaint', 'unless_gone', 'routes', 'make_app', 'listening']
 
 # %% ../nbs/20_serve.ipynb #5e7e0003
 import asyncio
@@ -28,6 +28,7 @@ from .budget import Force, Forced, budget_force, fit, make_force, whole_answer
 from .config import Run, S1Error
 from .engine import Books, Engine, Sampling, Strategy
 from .format import Delimiters, plain, text_ids
+from .streaming import Writer, last_pieces
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -119,9 +120,8 @@ class Live:
             if self.closed or len(self.tickets) >= self.limit:
                 raise Busy(f"The server is busy: found {len(self.tickets)} requests under way, "
                            f"wanted fewer than {self.limit}; try again in a moment.")
-            strategy = while_wanted(strategy, ticket)
-            self.tickets[strategy] = ticket
-            self.desk.inbox.put(strategy)
+            self.tickets[wrapped := while_wanted(strategy, ticket)] = ticket
+            self.desk.inbox.put(wrapped)
 
     def wrote(self, tokens: Any) -> None:
         "The engine has new ids of a strategy."
@@ -305,68 +305,7 @@ def head(
     return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),
             "model": service.name}
 
-# %% ../nbs/20_serve.ipynb #5e7e0021
-@dataclass
-class Writer:
-    "Makes pieces of text of an engine's tokens; nothing that it gives away is taken back."
-    tokenizer: "PreTrainedTokenizerFast"  # of the model
-    force: Force  # knows the marks
-    row: list[tuple[int, str]] = field(default_factory=list)  # ids and phases, prompt included
-    at: int = 0  # so many of them have been looked at
-
-    def __post_init__(self) -> None:
-        "Unfinished characters wait in a stream of each kind."
-        from tokenizers.decoders import DecodeStream
-
-        self.lag = max(map(len, self.force.long_ends), default=1)
-        self.given = {"reasoning_content": "", "content": ""}
-        self.streams = {kind: DecodeStream(skip_special_tokens=False) for kind in self.given}
-
-    def __call__(self, tokens: Any) -> list[dict]:
-        "Take a report of the engine; pieces that will not change any more."
-        self.row[tokens.at:] = [(i, tokens.phase) for i in tokens.ids]
-        pieces = []
-        while self.at < len(self.row) - self.lag:
-            later = next((p for _, p in self.row[self.at:] if p != "forced"), None)
-            if later is None:
-                break  # nobody knows yet what the forced piece belongs to
-            pieces += _look(self, *self.row[self.at], later)
-            self.at += 1
-        return pieces
-
-# %% ../nbs/20_serve.ipynb #5e7e0022
-def _look(
-    writer: Writer,
-    token: int,  # id
-    phase: str,  # its phase
-    later: str,  # the phase of the next token that the model writes
-) -> list[dict]:
-    "One token as a piece of text; the prompt, and what closes the thinking, give none."
-    if later not in ("thinking", "answer") or (phase, later) == ("forced", "answer"):
-        return []
-    kind, ids = "reasoning_content" if later == "thinking" else "content", [token]
-    if later == "answer" and not writer.given[kind]:  # our 'Final Answer:' is part of the answer
-        before = [i for i, p in writer.row[:writer.at] if p in ("forced", "prompt")]
-        final = list(writer.force.final_answer)
-        ids = (final if final and before[-len(final):] == final else []) + ids
-    steps = (writer.streams[kind].step(writer.tokenizer.backend_tokenizer, i) for i in ids)
-    text = "".join(step or "" for step in steps)
-    writer.given[kind] += text
-    return [{kind: text} | ({"forced": True} if phase == "forced" else {})] if text else []
-
-
-def last_pieces(
-    writer: Writer,  # after everything that the engine reported
-    result: Forced,  # what came of it
-) -> list[dict]:
-    "What was held back."
-    decode = writer.tokenizer.decode
-    whole = {"reasoning_content": decode(result.trace.ids),
-             "content": decode(whole_answer(writer.force, result))}
-    return [{kind: text[len(writer.given[kind]):]} for kind, text in whole.items()
-            if len(text) > len(writer.given[kind])]
-
-# %% ../nbs/20_serve.ipynb #5e7e0025
+# %% ../nbs/20_serve.ipynb #5e7e0023
 async def chunks(
     service: Service,  # gives name and tokenizer
     prompt: list[int],  # ids
@@ -400,7 +339,7 @@ def complaint(
     "An error as OpenAI's clients expect it."
     return {"error": {"message": str(error), "type": type(error).__name__, "code": None}}
 
-# %% ../nbs/20_serve.ipynb #5e7e0026
+# %% ../nbs/20_serve.ipynb #5e7e0024
 async def unless_gone(
     http: Any,  # the request as it came, which knows whether its client still listens
     events: AsyncIterator[Any],  # the first of them is the result
@@ -413,7 +352,7 @@ async def unless_gone(
             return None
     return waiting.result()
 
-# %% ../nbs/20_serve.ipynb #5e7e0027
+# %% ../nbs/20_serve.ipynb #5e7e0025
 def routes(
     app: "FastAPI",  # gets them
     service: Service,  # behind them
@@ -435,9 +374,9 @@ def routes(
             parts = chunks(service, prompt, Writer(service.tokenizer, force), events)
             return StreamingResponse(parts, media_type="text/event-stream")
         result = await unless_gone(http, events)
-        return Response(status_code=499) if result is None else reply(service, prompt, force, result)
+        return reply(service, prompt, force, result) if result else Response(status_code=499)
 
-# %% ../nbs/20_serve.ipynb #5e7e0028
+# %% ../nbs/20_serve.ipynb #5e7e0026
 def make_app(
     service: Service,  # a model at work
 ) -> "FastAPI":
@@ -451,7 +390,8 @@ def make_app(
     @app.exception_handler(S1Error)
     async def refused(_: Any, error: S1Error) -> JSONResponse:
         status = {Busy: 429, EngineLost: 503}.get(type(error), 400)
-        return JSONResponse(complaint(error), status, {"Retry-After": "1"} if status > 400 else None)
+        wait = {"Retry-After": "1"} if status > 400 else None
+        return JSONResponse(complaint(error), status, wait)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Any, error: RequestValidationError) -> JSONResponse:
@@ -463,7 +403,7 @@ def make_app(
     routes(app, service)
     return app
 
-# %% ../nbs/20_serve.ipynb #5e7e0029
+# %% ../nbs/20_serve.ipynb #5e7e0027
 @contextmanager
 def listening(
     app: "FastAPI",  # what to serve

@@ -162,4 +162,4 @@ def test_a_browser_replays_every_budget(world, tmp_path):
         assert text == shown and maximum == str(recording["budgets"][k]) and not hidden
         assert marks == outcome["waits"] + 1
         assert says.startswith(f"{outcome['shown']} thinking tokens, {outcome['forced']} of them ours")
-        assert says.endswith(f"answer: {outcome['answer']}")
+        assert says.endswith(f"it says: {outcome['answer']}")

@@ -21,7 +21,7 @@ REFERENCE = {  # chapter -> what lies right below it: machinery, or what to look
     "tiny": ["world", "pretraining"], "decontaminate": ["sources", "plain"], "traces": ["client", "store"],
     "grade": ["asking", "verifier", "columns"], "features": ["judge", "rubric"],
     "sft": ["packing", "adapters", "training_files", "forgetting"], "engine": ["backends"], "budget": ["forcing"],
-    "controls": ["replay"], "cost": ["launch"], "serve": ["streaming", "ask"]}
+    "controls": ["replay"], "cost": ["launch"], "serve": ["streaming", "ask", "wire"]}
 MACHINERY = ["preflight", "leaks", "card", "runner", "report", "cli"]  # above every chapter
 MODULES = sorted(p for p in Path("s1book").glob("*.py") if not p.name.startswith("_"))
 ABSOLUTE = re.compile(r"(?<![\w:/.~-])/(?:home|root|tmp|usr|Users|work|var|opt|mnt|private|srv)/|[A-Z]:\\+Users")

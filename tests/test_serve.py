@@ -16,10 +16,8 @@ from s1book.ask import marks_for
 from s1book.budget import Force, Forced, budget_force, make_force, whole_answer
 from s1book.config import S1Error, load_preset
 from s1book.engine import Continuation, ScriptedEngine, TransformersEngine
-from s1book.serve import (
-    Busy, ChatRequest, EngineLost, Live, Service, close, follow, listening,
-    make_app, settle, while_wanted,
-)
+from s1book.serve import Busy, EngineLost, Live, Service, close, follow, listening, make_app, while_wanted
+from s1book.wire import ChatRequest, Model, settle
 
 BUDGET = load_preset("tiny").budget
 WORD = "How many r in 1r 2a 3s 4p ?"
@@ -52,7 +50,8 @@ def course():
 @pytest.fixture
 def service(course):
     engine, tokenizer = course
-    made = Service(Live(engine), "sft", tokenizer, marks_for(tokenizer), make_force(tokenizer, BUDGET), engine.context)
+    force = make_force(tokenizer, BUDGET)
+    made = Service(Live(engine), Model("sft", tokenizer, marks_for(tokenizer), force, engine.context))
     yield made
     close(made.live)
 
@@ -172,12 +171,12 @@ def test_a_strategy_nobody_wants_is_closed():
 
 def test_a_request_becomes_a_force(service):
     wish = {"max_tokens": 50, "min_tokens": 5, "ignore_end": 3, "string": ["Wait", "So"]}
-    prompt, force = settle(service, request(thinking=wish, temperature=0.5, seed=7, max_completion_tokens=9))
-    one = lambda text: tuple(service.tokenizer(text, add_special_tokens=False).input_ids)
+    prompt, force = settle(service.model, request(thinking=wish, temperature=0.5, seed=7, max_completion_tokens=9))
+    one = lambda text: tuple(service.model.tokenizer(text, add_special_tokens=False).input_ids)
     assert (force.max_thinking, force.min_thinking, force.ignore_end, force.max_answer) == (50, 5, 3, 9)
     assert (force.wait_ids, force.more_waits) == (one("Wait"), (one("So"),))
     assert (force.sampling.temperature, force.sampling.seed) == (0.5, 7)
-    assert service.tokenizer.decode(prompt).endswith("<|im_start|>assistant\n<|im_start|>think\n")
+    assert service.model.tokenizer.decode(prompt).endswith("<|im_start|>assistant\n<|im_start|>think\n")
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -190,7 +189,7 @@ def test_a_request_becomes_a_force(service):
 ])
 def test_a_request_that_cannot_be_is_a_sentence(service, changes, message):
     with pytest.raises(S1Error, match=message):
-        settle(service, request(**changes))
+        settle(service.model, request(**changes))
 
 
 @pytest.mark.parametrize("changes", [
@@ -216,7 +215,7 @@ def test_64_clients_with_budgets_of_their_own_lose_and_mix_up_nothing(service, u
     wishes = [{"max_tokens": 5 + i} if i % 3 == 0 else {"max_tokens": 300, "ignore_end": i % 3} for i in range(64)]
     expected = []
     for row, wish in zip(rows, wishes):
-        prompt, force = settle(service, request(messages=[{"role": "user", "content": row["question"]}], thinking=wish))
+        prompt, force = settle(service.model, request(messages=[{"role": "user", "content": row["question"]}], thinking=wish))
         expected.append((prompt, force))
     engine = TransformersEngine(service.live.engine.model, 1, len(tokenizer))
     twins = engine.run([budget_force(p, f) for p, f in expected])

@@ -26,6 +26,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from anyio.from_thread import start_blocking_portal
+
 from .client import Stop, Transient, failure_of, key_of
 from .config import S1Error, Server
 from .traces import patient
@@ -622,6 +624,7 @@ def receive(
     backend: Completions,  # its line is open
 ) -> list[Piece]:
     "What has come, at least one piece; an error only when everything else has been reported."
+    send(backend)  # only now, so that a continuation of what came last goes first
     box = backend.line.box
     found = [box.get()] + [box.get() for _ in range(box.qsize())]
     pieces = [piece for piece in found if isinstance(piece, Piece)]
@@ -632,5 +635,4 @@ def receive(
     for piece in pieces:
         if piece.over:
             del backend.line.tasks[piece.name]
-    send(backend)
     return pieces

@@ -360,8 +360,8 @@ def vllm_arguments(
                  skip_tokenizer_init=True, generation_config="vllm", enable_prefix_caching=True,
                  scheduling_policy="priority", disable_log_stats=True,
                  enforce_eager=device == "cpu")
-    if device == "cpu":  # half a prompt's draw is taken back, which a generator on a CPU cannot
-        given["enable_chunked_prefill"] = False
+    if device == "cpu":  # blocks are 128 ids there, and only whole ones are kept; of a prompt read
+        given |= dict(block_size=32, enable_chunked_prefill=False)  # in parts no draw can be undone
     if adapter and str(base) != given["model"]:
         raise S1Error(f"{model}: found an adapter for a model with narrow heads, wanted one for a "
                       "model that vLLM can run on a CPU; merge the adapter into its base.")

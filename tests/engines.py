@@ -20,6 +20,7 @@ from s1book.engine import FlowEngine, ScriptedEngine, TransformersEngine, in_rou
 from token_server import TokenServer
 
 VOCABULARY, CONTEXT = 462, 256  # of the tiny model; its context is longer
+SERVERS = []  # processes
 REST = ExitStack()  # closed at the end of the session, see conftest
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 NAMES = ["scripted", "transformers", "tight transformers", "server"] + HAS_VLLM * ["vllm", "tight vllm", "vllm server"]
@@ -83,6 +84,7 @@ def vllm_server():
     log = folder().parent / "server.log"
     with open(log, "w") as file:
         process = subprocess.Popen(command, env=os.environ | quiet, stdout=file, stderr=file)
+    SERVERS.append(process)
     try:
         for _ in range(600):
             if process.poll() is not None:

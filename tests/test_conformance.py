@@ -174,8 +174,10 @@ def test_stops_within_the_prompt_stop_nothing(name):
 @each_engine
 @pytest.mark.parametrize("stray", [frozenset(), frozenset({VOCABULARY + 7, 10 ** 6})])
 def test_a_minimum_holds_back_stops_and_nothing_else(name, stray):
-    first = script(prompt(0))
-    asks = [Continuation(prompt(0), 6, frozenset(first[:60]) | stray, min_new_tokens=n) for n in (0, 1, 4, 9)]
+    # vLLM's server holds back its own ends, too, which are those of the model's folder.
+    own = frozenset(HOSTILE["eos_token_id"] if name == "vllm server" else ())
+    stops = frozenset(script(prompt(0))[:60]) | stray | own
+    asks = [Continuation(prompt(0), 6, stops, min_new_tokens=n) for n in (0, 1, 4, 9)]
     replies = make(name).run(once(ask) for ask in asks)
     assert replies == oracle(once(ask) for ask in asks)
     assert replies[0].new_ids == [] and [len(r.new_ids) >= n for r, n in zip(replies[1:], (1, 4, 6))] == [True] * 3

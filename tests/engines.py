@@ -4,12 +4,13 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def vllm_server():
              "VLLM_LOGGING_LEVEL": "WARNING"}
     log = folder().parent / "server.log"
     with open(log, "w") as file:
-        process = subprocess.Popen(command, env=os.environ | quiet, stdout=file, stderr=file)
+        process = subprocess.Popen(command, env=os.environ | quiet, stdout=file, stderr=file,
+                                   start_new_session=True)  # it starts others, which must end with it
     SERVERS.append(process)
     try:
         for _ in range(600):
@@ -95,7 +97,8 @@ def vllm_server():
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        process.terminate()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
 
 

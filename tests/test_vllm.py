@@ -1,6 +1,8 @@
 """What only a real vLLM can show: requests in scarce memory, ids beyond the tokenizer, LoRA, two engines, a killed server."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -34,17 +36,15 @@ def test_requests_are_really_preempted_and_no_token_changes(monkeypatch):
 
     real, preempted = Scheduler._preempt_request, []
     monkeypatch.setattr(Scheduler, "_preempt_request",
-                        lambda self, request, *rest: (preempted.append(request), real(self, request, *rest))[1])
+                        lambda *a, **named: (preempted.append(a[1].request_id), real(*a, **named))[1])
     assert make("tight vllm").run(long(i) for i in range(9)) == oracle(long(i) for i in range(9))
     assert preempted, "the memory of this engine should be too small"
 
 
 def test_continuations_keep_their_blocks_in_scarce_memory():
-    engine = make("tight vllm")
-    engine.run(long(i) for i in range(12))
-    free, [first, second] = engine.stats, [sum(map(len, x)) for x in zip(*[
-        (prompt(i), prompt(i) + a.new_ids + [5, 6]) for i, (a, b) in enumerate(engine.run(long(i) for i in range(12)))])]
-    assert free.reused > 0.5 * (second - 12 * 32), (free.fed, free.reused, first, second)
+    results, stats = make("tight vllm").run(long(i) for i in range(12)), make("tight vllm").stats
+    kept = sum(len(prompt(i)) + len(a.new_ids) for i, (a, b) in enumerate(results))
+    assert stats.reused > 0.8 * (kept - 12 * 32), "all but a part of a block of each, nearly"
 
 
 def test_ids_beyond_the_tokenizer_are_never_written():
@@ -52,13 +52,6 @@ def test_ids_beyond_the_tokenizer_are_never_written():
     few = FlowEngine(replace(backend, vocabulary=20))
     replies = few.run([once(Continuation([5 + i], 40, frozenset(), Sampling(2.0, i))) for i in range(5)])
     assert max(max(r.new_ids) for r in replies) < 20 and len({tuple(r.new_ids) for r in replies}) == 5
-
-
-def test_a_preset_opens_vllm_and_budget_forcing_agrees_with_our_engine():
-    def run(kind):
-        engine, _ = open_engine(load_preset("tiny", [f"engine.kind={kind}"]), "data/tiny/base")
-        return engine.run([budget_force(prompt(i), forced(ignore_end=i % 3)) for i in range(24)])
-    assert run("vllm") == run("transformers")
 
 
 def test_draws_follow_the_softmax():
@@ -74,6 +67,55 @@ def test_draws_follow_the_softmax():
     big = wanted > 5
     chi2 = ((counts - wanted)[big] ** 2 / wanted[big]).sum().item()
     assert chi2 < big.sum().item() + 5 * (2 * big.sum().item()) ** 0.5
+
+
+def test_the_real_scheduler_failing_is_a_sentence_and_the_rest_goes_on(monkeypatch):
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    real, left = Scheduler.schedule, [30]
+    def schedule(self, *rest, **named):
+        left[0] -= 1
+        if not left[0]:
+            raise MemoryError("no blocks")
+        return real(self, *rest, **named)
+    monkeypatch.setattr(Scheduler, "schedule", schedule)
+    with pytest.raises(EngineStopped, match="of 9 .*no blocks") as caught:
+        make("vllm").run([long(i) for i in range(9)])
+    monkeypatch.undo()
+    assert make("transformers").run(caught.value.books) == oracle(long(i) for i in range(9))
+
+
+def test_heads_that_cannot_run_here_are_refused(tmp_path):
+    sharp_model().config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"hidden_size": 36, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(S1Error, match="heads of 18, wanted one of"):
+        open_vllm(tmp_path, 90, device="cpu")
+
+
+def test_a_server_that_is_killed_is_a_sentence_and_its_work_goes_on_elsewhere():
+    """Late, because the server of all tests is gone afterwards."""
+    import engines
+
+    engine, told = make("vllm server"), []
+    def kill(i, result):
+        told.append(i)
+        if len(told) == 2:
+            os.killpg(engines.SERVERS[-1].pid, signal.SIGKILL)
+    engine.backend.server = engine.backend.server.model_copy(update={"tries": 2, "concurrency": 3})
+    with pytest.raises(EngineStopped, match="of 9 .*Connection") as caught:
+        engine.run([long(i) for i in range(9)], kill)
+    assert make("transformers").run(caught.value.books) == oracle(long(i) for i in range(9)) and sorted(told) == list(range(9))
+
+
+# ---------------------------------------------------------------- other engines, at the end
+# vLLM in this process keeps its groups of processes in globals: when one engine ends, the others do.
+
+def test_a_preset_opens_vllm_and_budget_forcing_agrees_with_our_engine():
+    def run(kind):
+        engine, _ = open_engine(load_preset("tiny", [f"engine.kind={kind}"]), "data/tiny/base")
+        return engine.run([budget_force(prompt(i), forced(ignore_end=i % 3)) for i in range(24)])
+    assert run("vllm") == run("transformers")
 
 
 @pytest.fixture(scope="module")
@@ -122,42 +164,3 @@ def test_an_adapter_works_while_thinking_and_while_answering(adapter):
     without = run(FlowEngine(open_vllm(target / "base", 96, device="cpu", **small)))
     assert with_adapter == run(TransformersEngine(merged)), "the merged model writes the same"
     assert all(a != c and b != d for (a, b), (c, d) in zip(with_adapter, without)), "and the base alone does not"
-
-
-def test_heads_that_cannot_run_here_are_refused(tmp_path):
-    sharp_model().config.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"hidden_size": 24, "num_attention_heads": 2}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(S1Error, match="heads of 12, wanted one of"):
-        open_vllm(tmp_path, 90, device="cpu")
-
-
-def test_the_real_scheduler_failing_is_a_sentence_and_the_rest_goes_on(monkeypatch):
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    real, left = Scheduler.schedule, [30]
-    def schedule(self, *rest, **named):
-        left[0] -= 1
-        if not left[0]:
-            raise MemoryError("no blocks")
-        return real(self, *rest, **named)
-    monkeypatch.setattr(Scheduler, "schedule", schedule)
-    with pytest.raises(EngineStopped, match="of 9 .*no blocks") as caught:
-        make("vllm").run([long(i) for i in range(9)])
-    monkeypatch.undo()
-    assert make("transformers").run(caught.value.books) == oracle(long(i) for i in range(9))
-
-
-def test_a_server_that_is_killed_is_a_sentence_and_its_work_goes_on_elsewhere():
-    """Last, because the server of all tests is gone afterwards."""
-    import engines
-
-    engine, told = make("vllm server"), []
-    def kill(i, result):
-        told.append(i)
-        if len(told) == 2:
-            engines.SERVERS[-1].kill()
-    engine.backend.server = engine.backend.server.model_copy(update={"tries": 2, "concurrency": 3})
-    with pytest.raises(EngineStopped, match="of 9 .*Connection") as caught:
-        engine.run([long(i) for i in range(9)], kill)
-    assert make("transformers").run(caught.value.books) == oracle(long(i) for i in range(9)) and sorted(told) == list(range(9))

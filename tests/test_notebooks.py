@@ -20,7 +20,7 @@ FOUNDATION = ["files", "sections", "settings", "style"]  # below every chapter; 
 REFERENCE = {  # chapter -> what lies right below it: machinery, or what to look things up in
     "tiny": ["world", "pretraining"], "decontaminate": ["sources", "plain"], "traces": ["client", "store"],
     "grade": ["asking", "verifier", "columns"], "features": ["judge", "rubric"],
-    "sft": ["packing", "adapters", "training_files", "forgetting"], "cost": ["launch"]}
+    "sft": ["packing", "adapters", "training_files", "forgetting"], "scaling": ["repeats"], "cost": ["launch"]}
 MACHINERY = ["preflight", "leaks", "card", "runner", "report", "cli"]  # above every chapter
 MODULES = sorted(p for p in Path("s1book").glob("*.py") if not p.name.startswith("_"))
 ABSOLUTE = re.compile(r"(?<![\w:/.~-])/(?:home|root|tmp|usr|Users|work|var|opt|mnt|private|srv)/|[A-Z]:\\+Users")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'SIZES', 'Interval', 'wilson', 'resampled_means', 'cluster_bootstrap', 'ErrorParts', 'error_parts',
            'paired_bootstrap', 'mcnemar', 'holm', 'questions_unpaired', 'questions_paired', 'setting_key',
-           'score_matrix', 'accuracy_row', 'accuracy_table', 'flips', 'paper_table', 'published', 'recorded']
+           'score_matrix', 'accuracy_row', 'accuracy_table', 'flips', 'paper_table', 'recorded', 'published', 'shown']
 
 # %% ../nbs/15_statistics.ipynb #4baf2e49
 from collections.abc import Callable, Iterable
@@ -262,24 +262,6 @@ def paper_table(
     return pd.read_csv(path)
 
 
-def published(
-    table: pd.DataFrame,  # of paper_table: a column per benchmark, or benchmark and accuracy
-) -> pd.DataFrame:  # a row per number: + n, correct, whole, low, high (per cent), shown
-    """Published accuracies with the intervals that they come without (Wilson, 95 %)."""
-    names = [name for name in SIZES if name in table]
-    if names:
-        table = table.melt([c for c in table if c not in names], names, "benchmark", "accuracy")
-    table = table.dropna(subset="accuracy").reset_index(drop=True)
-    n, share = table.benchmark.map(SIZES), table.accuracy / 100
-    correct = (share * n).round()
-    whole = (correct / n - share).abs() < 0.0006  # else the number is an average of several runs
-    found = wilson(correct.where(whole, share * n), n)
-    table = table.assign(n=n, correct=correct, whole=whole, low=100 * found.low,
-                         high=100 * found.high)
-    numbers = zip(table.accuracy, table.low, table.high)
-    return table.assign(shown=[f"{a:.1f} [{low:.1f}, {high:.1f}]" for a, low, high in numbers])
-
-# %% ../nbs/15_statistics.ipynb #e5a0b004
 def recorded(
     name: str,  # "accuracy.csv" or "records.jsonl.gz"
     preset: str = "tiny",  # whose recorded runs
@@ -294,3 +276,30 @@ def recorded(
     read = pd.read_csv if name.endswith(".csv") else partial(pd.read_json, lines=True, dtype=False)
     frames = [read(path).assign(run_seed=int(path.parent.name)) for path in files]
     return pd.concat(frames, ignore_index=True)
+
+# %% ../nbs/15_statistics.ipynb #e5a0b004
+def published(
+    table: pd.DataFrame,  # of paper_table: a column per benchmark, or benchmark and accuracy
+) -> pd.DataFrame:  # a row per number: + n, correct, whole, low, high (per cent), shown
+    """Published accuracies with the intervals that they come without (Wilson, 95 %)."""
+    names = [name for name in SIZES if name in table]
+    if names:
+        table = table.melt([c for c in table if c not in names], names, "benchmark", "accuracy")
+    table = table.dropna(subset="accuracy").reset_index(drop=True)
+    n = table.benchmark.map(SIZES)
+    exact = table.accuracy * n / 100
+    whole = (exact.round() - exact).abs() < 0.0006 * n  # else an average of several runs
+    found = wilson(exact.round().where(whole, exact), n)
+    table = table.assign(n=n, correct=exact.round(), whole=whole, low=100 * found.low,
+                         high=100 * found.high)
+    numbers = zip(table.accuracy, table.low, table.high)
+    return table.assign(shown=[f"{a:.1f} [{low:.1f}, {high:.1f}]" for a, low, high in numbers])
+
+
+def shown(
+    accuracy: float,  # per cent
+    benchmark: str,  # of SIZES
+) -> str:  # e.g. "56.7 [39.2, 72.6]"
+    """A published accuracy as it may be printed: never without its interval."""
+    row = {"benchmark": [benchmark], "accuracy": [accuracy]}
+    return published(pd.DataFrame(row)).shown[0]

@@ -133,6 +133,15 @@ def test_small_clean_and_without_absolute_paths(path):
             assert not found, f"cell {i}: {text[max(0, found.start() - 20):found.end() + 20]}"
 
 
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem != "00_presets"], ids=lambda p: p.stem)
+def test_no_bare_aime_number(path):
+    """Thirty questions: an accuracy on AIME is shown with its interval, or it is not shown."""
+    for i, cell in enumerate(read_notebook(path)["cells"], 1):
+        for text in texts(cell.get("outputs", [])):
+            if re.search("aime", text, re.I) and re.search(r"\b\d{1,2}\.\d\b", text):
+                assert re.search(r"\[-?\d+\.\d, -?\d+\.\d\]|\blow\b", text), f"cell {i}: {text[:300]}"
+
+
 @each_notebook
 def test_figures_have_words(path):
     cells = read_notebook(path)["cells"]

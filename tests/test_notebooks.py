@@ -20,8 +20,9 @@ FOUNDATION = ["files", "sections", "settings", "style"]  # below every chapter; 
 REFERENCE = {  # chapter -> what lies right below it: machinery, or what to look things up in
     "tiny": ["world", "pretraining"], "decontaminate": ["sources", "plain"], "traces": ["client", "store"],
     "grade": ["asking", "verifier", "columns"], "features": ["judge", "rubric"],
-    "sft": ["packing", "adapters", "training_files", "forgetting"], "scaling": ["repeats"], "cost": ["launch"]}
-MACHINERY = ["preflight", "leaks", "card", "runner", "report", "cli"]  # above every chapter
+    "sft": ["packing", "adapters", "training_files", "forgetting"], "evaluate": ["benchmarks", "exchange", "runcard"],
+    "scaling": ["repeats"], "cost": ["launch"]}
+MACHINERY = ["preflight", "leaks", "card", "figures", "diff", "runner", "report", "tables", "cli"]  # above every chapter
 MODULES = sorted(p for p in Path("s1book").glob("*.py") if not p.name.startswith("_"))
 ABSOLUTE = re.compile(r"(?<![\w:/.~-])/(?:home|root|tmp|usr|Users|work|var|opt|mnt|private|srv)/|[A-Z]:\\+Users")
 
@@ -171,7 +172,8 @@ def test_modules_import_only_earlier_ones():
         assert used <= allowed, f"{name} imports {used - allowed}, which come later"
 
 
-@pytest.mark.parametrize("name", [*(name for names in REFERENCE.values() for name in names), "leaks"])
+@pytest.mark.parametrize("name", [*(name for names in REFERENCE.values() for name in names), "leaks", "figures",
+                                  "diff", "tables"])
 def test_reference_notebooks_run(name):
     """Their worked examples hold; no runner executes them, and so a test does."""
     names = {"__name__": "__main__"}

@@ -6,7 +6,7 @@
 __all__ = ['app', 'PresetOption', 'SetOption', 'FolderOption', 'FromOption', 'ToOption', 'ForceOption', 'JobsOption',
            'ChecksOption', 'NameArgument', 'CopiesOption', 'RecordsArgument', 'VersionOption', 'doctor_command',
            'plan_command', 'launch_command', 'preset_lines', 'presets', 'run', 'sft_command', 'report', 'outputs',
-           'collect', 'benchmarks', 'figures', 'diff', 'readme', 'main']
+           'collect', 'benchmarks', 'figures', 'diff', 'inspect', 'readme', 'main']
 
 # %% ../nbs/cli.ipynb #334595bc
 import contextlib
@@ -282,13 +282,25 @@ def figures(preset: PresetOption = "tiny", overrides: SetOption = [],
 
     typer.echo(f"Figures: {show_path(build_figures(_open(preset, overrides, folder)))}")
 
-
+# %% ../nbs/cli.ipynb #3b47a52c
 @app.command()
 def diff(first: RecordsArgument, second: RecordsArgument) -> None:
     "Say in words why two evaluations differ, and whether the difference could be noise."
     from s1book.diff import compare, read_evaluation
 
     typer.echo(compare(read_evaluation(first), read_evaluation(second)))
+
+
+@app.command()
+def inspect(
+    records: RecordsArgument,
+    out: Annotated[Path, typer.Option("--out", help="Where the page goes.")] = Path("traces.html"),
+    limit: Annotated[int, typer.Option(help="Questions per benchmark; 0: all.")] = 300,
+) -> None:
+    "Write a page that shows the traces of a record file: forced words, answers, flips."
+    from s1book.inspector import write_inspector
+
+    typer.echo(f"Traces: {show_path(write_inspector(records, out, limit))}")
 
 # %% ../nbs/cli.ipynb #8dfc6d81
 @app.command(hidden=True)

@@ -153,6 +153,8 @@ def test_the_three_statements_hold_of_the_paper_and_are_not_assumed():
     assert "0.0 [0.0, 11.4] at 500" in table["first"][1]
     flat = paper_points("1", "math500").assign(y=50.0, low=45.0, high=55.0)
     assert not any(s.holds or s.clear for s in statements(flat, flat, flat))
+    wide = flat.assign(y=92.0, low=88.0, high=95.0)
+    assert [(s.holds, s.clear) for s in statements(wide, flat, flat)][0] == (True, False)
 
 
 class Page(HTMLParser):

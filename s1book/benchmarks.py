@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'BENCHMARKS', 'mathematics', 'multiple_choice', 'Benchmark', 'benchmark_rows', 'read_benchmark',
-           'write_benchmarks']
+           'write_benchmarks', 'benchmark_file']
 
 # %% ../nbs/benchmarks.ipynb #d4c3a9bb
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
-from .config import Run, S1Error, atomic
+from .config import MissingArtefact, Run, S1Error, atomic
 from .grade import arrange_choices
 from .pool import question_hash
 from .sources import Part, Store, load_rows
@@ -109,3 +110,17 @@ def write_benchmarks(
             aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
                              encoding="utf-8")
     return {name: len(rows) for name, rows in found.items()}
+
+
+def benchmark_file(
+    run: Run,
+    name: str,  # of a benchmark
+) -> Path:
+    """Where a benchmark lies; where a published one is missing, which command brings it."""
+    try:
+        return run.read(f"benchmarks/{name}.jsonl")
+    except MissingArtefact:
+        if name not in BENCHMARKS:
+            raise
+        raise MissingArtefact(f"benchmarks/{name}.jsonl is not in this run; bring it with: "
+                              f"s1book benchmarks --preset {run.name}") from None

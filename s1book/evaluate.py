@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .benchmarks import benchmark_file
 from .budget import Force, Forced, make_force, sweep, whole_answer
 from .config import Preset, Run, S1Error, append_jsonl, atomic, item_seed, read_jsonl
 from .engine import Continuation, Engine, Progress, Sampling, Strategy, open_engine
@@ -62,7 +63,7 @@ def load_benchmarks(
     run: Run,  # its preset names the benchmarks
 ) -> list[dict]:  # the questions of all of them, in order
     "Read and check the benchmarks."
-    files = {name: run.read(f"benchmarks/{name}.jsonl") for name in run.preset.evaluate.benchmarks}
+    files = {name: benchmark_file(run, name) for name in run.preset.evaluate.benchmarks}
     return [row for name, file in files.items() for row in check_rows(name, read_jsonl(file))]
 
 # %% ../nbs/14_evaluate.ipynb #8703e422

@@ -190,8 +190,9 @@ BODY = """
 {% macro menu(id, text, values) %}<label>{{ text }} <select id="{{ id }}">{% for v in values %}
 <option>{{ v }}</option>{% endfor %}</select></label>{% endmacro %}
 <h1>{{ title }}</h1>
-<p>{{ threads | length }} cards, one per question and model. Words that the budget forced are marked;
-a bar says what a smaller budget would have answered there. Solid and bold: right. Dashed: wrong. A thick border: the
+<p>{{ threads | length }} cards, one per question and model. Words that the budget forced are
+marked; a bar says what a smaller budget would have answered there. Solid and bold: right. Dashed:
+wrong. A thick border: the
 answer has flipped, ↑ to right or ↓ to wrong.</p>
 <form><fieldset><legend>Show</legend>{{ menu('wanted', 'what', ['all', 'right', 'wrong', 'capped',
 'silent', 'repaired', 'spoiled']) }}{{ menu('setting', 'at', settings) }}{{ menu('benchmark', 'of',

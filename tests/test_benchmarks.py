@@ -1,4 +1,5 @@
-"""Published benchmarks through the door: the hub's columns, from a local copy, whole and in a fixed order."""
+"""Published benchmarks: the hub's columns, from a local copy, whole and in a fixed order."""
+
 import json
 from collections import Counter
 
@@ -18,13 +19,26 @@ from s1book.sources import Store
 def raw(name, i):
     """A made-up row with the columns that the hub has."""
     if name == "gpqa_diamond":
-        return {"Question": f"Made-up question {i}?", "Explanation": "why", "Subdomain": "Genetics",
-                "High-level domain": "Biology", "Record ID": f"rec{i}",
-                **{column: f"option {i} {j}" for j, column in enumerate(CHOICES)}}
-    row = {"id": i, "problem": f"Made-up problem {i}", "solution": "so", "answer": str(i), "url": "u"}
+        return {
+            "Question": f"Made-up question {i}?",
+            "Explanation": "why",
+            "Subdomain": "Genetics",
+            "High-level domain": "Biology",
+            "Record ID": f"rec{i}",
+            **{column: f"option {i} {j}" for j, column in enumerate(CHOICES)},
+        }
+    row = {
+        "id": i,
+        "problem": f"Made-up problem {i}",
+        "solution": "so",
+        "answer": str(i),
+        "url": "u",
+    }
     if name == "aime25":
         return {"question": row["problem"], "answer": i}
-    return row | ({"subject": "Algebra", "level": 3, "unique_id": f"test/{i}"} if name == "math500" else {})
+    return row | (
+        {"subject": "Algebra", "level": 3, "unique_id": f"test/{i}"} if name == "math500" else {}
+    )
 
 
 def raws(name):
@@ -56,11 +70,14 @@ def test_rows_are_ready_to_be_asked_and_graded(name):
 def test_the_right_letter_is_spread_and_follows_from_the_texts():
     rows = benchmark_rows("gpqa_diamond", raws("gpqa_diamond"))
     letters = Counter(row["answer"] for row in rows)
-    assert set(letters) == set("ABCD") and max(letters.values()) < 75  # a quarter of 198, five sigma
+    assert (
+        set(letters) == set("ABCD") and max(letters.values()) < 75
+    )  # a quarter of 198, five sigma
     for i, row in enumerate(rows):
         assert f"({row['answer']}) option {i} 0" in row["question"]
     assert {r["id"]: r["question"] for r in rows} == {
-        r["id"]: r["question"] for r in benchmark_rows("gpqa_diamond", raws("gpqa_diamond")[::-1])}
+        r["id"]: r["question"] for r in benchmark_rows("gpqa_diamond", raws("gpqa_diamond")[::-1])
+    }
 
 
 @given(st.permutations(CHOICES[1:]))
@@ -73,8 +90,11 @@ def test_the_order_of_the_wrong_options_changes_nothing(order):
 
 def test_a_fault_is_refused_in_one_sentence():
     rows = raws("aime24")
-    for bad, said in ((rows[:-1], "found 29 questions"), ([*rows[:-1], rows[0]], "1 of them more than once"),
-                      ([*rows[:2], {"problem": "x"}], "row 3: found no answer")):
+    for bad, said in (
+        (rows[:-1], "found 29 questions"),
+        ([*rows[:-1], rows[0]], "1 of them more than once"),
+        ([*rows[:2], {"problem": "x"}], "row 3: found no answer"),
+    ):
         with pytest.raises(S1Error, match=f"aime24_nofigures.*{said}"):
             benchmark_rows("aime24", bad)
     with pytest.raises(S1Error, match="wanted aime24, aime25"):
@@ -88,10 +108,15 @@ def test_the_command_writes_what_chapters_read(copies, tmp_path, monkeypatch, ca
     except SystemExit as end:
         assert not end.code
     assert capsys.readouterr().out.splitlines() == [
-        "aime24: 30 questions", "math500: 500 questions", "gpqa_diamond: 198 questions"]
+        "aime24: 30 questions",
+        "math500: 500 questions",
+        "gpqa_diamond: 198 questions",
+    ]
     run = Run.open("h100")
     assert len(read_jsonl(run.read("benchmarks/gpqa_diamond.jsonl"))) == 198
-    assert write_benchmarks(Run.open("h100", ["evaluate.benchmarks=[aime25]"]), Store(copies)) == {"aime25": 30}
+    assert write_benchmarks(Run.open("h100", ["evaluate.benchmarks=[aime25]"]), Store(copies)) == {
+        "aime25": 30
+    }
 
 
 def test_a_missing_copy_writes_nothing(copies, tmp_path, monkeypatch):

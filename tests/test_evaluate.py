@@ -21,6 +21,7 @@ from s1book.evaluate import (
     in_order,
     inputs_of,
     key_of,
+    load_benchmarks,
     make_record,
     open_questions,
     passes,
@@ -28,6 +29,7 @@ from s1book.evaluate import (
     verdict,
 )
 from s1book.format import FormatError, load_tokenizer
+from s1book.runcard import judged_twice, measured_card
 
 SMALL = ["budget.maxima=[0, 3, 6]", "budget.waits=[0, 1, 2]", "budget.max_thinking_tokens=24",
          "budget.max_answer_tokens=4", "evaluate.benchmarks=[few, some]", "engine.slots=4"]
@@ -152,6 +154,15 @@ def test_both_graders_are_in_the_record_and_their_disagreement_on_the_card(folde
     assert card["grader_disagreement"]["few"] == pytest.approx(rate, abs=1e-4)
 
 
+def test_disagreement_is_counted_and_not_resolved():
+    """math-verify reads "x=3" as 3; our rules have not, and the card says how often that happens."""
+    rows = [{"benchmark": "b", "setting": "s", "end_reason": "natural", "seconds": 0.0, "gold": "3",
+             "extracted": a, "correct": c} for a, c in (("3", True), ("x=3", False), (None, False))]
+    twice = judged_twice(rows)
+    assert [r["math_verify"] for r in twice] == [True, True, False]
+    assert measured_card(twice)["grader_disagreement"] == {"b": 0.3333}
+
+
 def test_a_finished_evaluation_asks_nothing(folder, monkeypatch):
     first = evaluate(Run.open("tiny", SMALL))
     given = counting(monkeypatch)
@@ -257,6 +268,12 @@ def test_an_unknown_benchmark_is_refused(folder):
     with pytest.raises(MissingArtefact, match="chapter 01"):
         evaluate(Run.open("tiny", [*SMALL, "evaluate.benchmarks=[fwe]"]))
     assert not (folder / "records.jsonl").exists()
+
+
+def test_a_published_benchmark_that_is_missing_names_its_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("S1BOOK_RUN", str(tmp_path))
+    with pytest.raises(MissingArtefact, match="bring it with: s1book benchmarks --preset h100"):
+        load_benchmarks(Run.open("h100"))
 
 
 def test_a_model_of_another_vocabulary_is_refused(folder):

@@ -1,4 +1,5 @@
-"""The paper's figures and tables: every number of theirs is there, none without its interval, errors are marked."""
+"""The paper's figures and tables: every number is there, with its interval, errors are marked."""
+
 import json
 import re
 import shutil
@@ -11,7 +12,18 @@ import pytest
 from s1book.cli import main
 from s1book.config import Run, S1Error, project_root
 from s1book.figures import (
-    COLUMNS, Drawing, Panel, described, domain_bars, draw, drawings, figure_4, our_rejection, ours, paper_points, save,
+    COLUMNS,
+    Drawing,
+    Panel,
+    described,
+    domain_bars,
+    draw,
+    drawings,
+    figure_4,
+    our_rejection,
+    ours,
+    paper_points,
+    save,
 )
 from s1book.scaling import curve_points
 from s1book.stats import paper_table, wilson
@@ -32,8 +44,14 @@ def all_drawings(run):
 
 
 def test_every_published_point_is_drawn(all_drawings):
-    drawn = pd.concat([p.points for d in all_drawings.values() for p in d.panels
-                       if p.whose == "paper" and p.kind == "lines"])
+    drawn = pd.concat(
+        [
+            p.points
+            for d in all_drawings.values()
+            for p in d.panels
+            if p.whose == "paper" and p.kind == "lines"
+        ]
+    )
     table = paper_table("figure_points")
     assert len(drawn) == len(table) == 47
     assert sorted(drawn.y.round(2)) == sorted(table.accuracy.round(2))
@@ -44,7 +62,9 @@ def test_every_point_has_an_interval_around_it(all_drawings):
     for drawing in all_drawings.values():
         for panel in (p for p in drawing.panels if p.kind != "bars"):
             assert list(panel.points) == COLUMNS
-            assert (panel.points.low <= panel.points.y).all() and (panel.points.y <= panel.points.high).all()
+            assert (panel.points.low <= panel.points.y).all() and (
+                panel.points.y <= panel.points.high
+            ).all()
             assert (panel.points.high - panel.points.low > 1).all()
 
 
@@ -54,12 +74,16 @@ def test_known_errors_are_ringed_and_said(all_drawings):
     assert all_drawings["figure-6"].errata == ["the caption leaves out limit 6000"]
     assert any("says 51" in note for note in all_drawings["figure-2"].notes)
     figure = draw(all_drawings["figure-4"])
-    rings = [line for line in figure.axes[1].lines if line.get_fillstyle() == "none" and len(line.get_xdata()) == 1]
+    rings = [
+        line
+        for line in figure.axes[1].lines
+        if line.get_fillstyle() == "none" and len(line.get_xdata()) == 1
+    ]
     assert len(rings) == 9 and "30 questions" in figure._supxlabel.get_text()
 
 
 def test_figure_4b_is_corrected_to_figure_1(all_drawings):
-    """Per question, its abscissa is that of Figure 1; the paper's totals over 198 questions are 6.6 times too small."""
+    """Per question, its abscissa is that of Figure 1; printed totals are 6.6 times too small."""
     panel = all_drawings["figure-4"].panels[1]
     sequential = panel.points[panel.points.series == "BF"].x.to_numpy()
     assert np.allclose(sequential, paper_points("1", "gpqa_diamond").x.to_numpy()[-3:], rtol=0.01)
@@ -67,18 +91,31 @@ def test_figure_4b_is_corrected_to_figure_1(all_drawings):
 
 def test_ours_are_the_recorded_accuracies(all_drawings):
     table = curve_points(pd.read_csv(project_root() / "data" / "reference" / "accuracy.csv"))
-    mine = next(p for p in all_drawings["figure-1"].panels if p.title == "tiny_hard").points.set_index("label")
+    mine = next(
+        p for p in all_drawings["figure-1"].panels if p.title == "tiny_hard"
+    ).points.set_index("label")
     theirs = table[table.benchmark == "tiny_hard"].set_index("setting")
-    assert mine.y.equals(theirs.accuracy[mine.index]) and "base" not in mine.index and "wait=1" in mine.index
+    assert (
+        mine.y.equals(theirs.accuracy[mine.index])
+        and "base" not in mine.index
+        and "wait=1" in mine.index
+    )
 
 
 def test_rejection_points_by_hand(tmp_path, monkeypatch):
     monkeypatch.setenv("S1BOOK_RUN", str(tmp_path))
     (tmp_path / "controls").mkdir()
-    runs = [{"RS/8": {"thinking_tokens": 4 + i, "correct": i == 0}, "RS+BF/8": {"thinking_tokens": 9, "correct": True}}
-            for i in range(3)]
+    runs = [
+        {
+            "RS/8": {"thinking_tokens": 4 + i, "correct": i == 0},
+            "RS+BF/8": {"thinking_tokens": 9, "correct": True},
+        }
+        for i in range(3)
+    ]
     lines = [{"method": "RS", "runs": r} for r in runs] + [{"method": "BF", "runs": {}}]
-    (tmp_path / "controls" / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "controls" / "records.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
     [row] = our_rejection(Run.open("tiny")).itertuples()
     assert (row.x, row.label) == (5, "limit 8") and row.low == pytest.approx(100 * wilson(1, 3).low)
 
@@ -109,7 +146,10 @@ def test_files_are_the_same_twice_and_hold_the_words(tmp_path):
     png, svg = save(drawing, tmp_path)
     assert [png.read_bytes(), svg.read_bytes()] == first
     assert Image.open(png).info["Description"] == described(drawing)
-    assert "Figure 4: thinking on, and voting" in svg.read_text() and "majority of Qwen2.5" in svg.read_text()
+    assert (
+        "Figure 4: thinking on, and voting" in svg.read_text()
+        and "majority of Qwen2.5" in svg.read_text()
+    )
 
 
 def test_domains_add_up():
@@ -125,7 +165,9 @@ def test_domains_add_up():
 def test_tables_hold_every_number(number):
     printed, shown = paper_table(f"table{number}"), paper_side(number)
     text = shown.to_csv()
-    columns = [c for c in ("aime24", "aime25", "math500", "gpqa_diamond", "accuracy") if c in printed]
+    columns = [
+        c for c in ("aime24", "aime25", "math500", "gpqa_diamond", "accuracy") if c in printed
+    ]
     for value in printed[columns].stack().dropna():
         assert f"{value:.1f} [" in text, value
     wrong = {part for part in printed.get("erratum", pd.Series(dtype=object)).dropna()}
@@ -136,13 +178,18 @@ def test_tables_hold_every_number(number):
 
 def test_table_3_names_the_two_rows():
     table = paper_side(3).set_index("method")
-    assert table.index[table.disagrees != ""].tolist() == ["BF", "RS"] and table["known error"].notna().all()
+    assert (
+        table.index[table.disagrees != ""].tolist() == ["BF", "RS"]
+        and table["known error"].notna().all()
+    )
     assert table["Performance, recomputed"]["BF"] == "56.7 [39.2, 72.6]"
 
 
 def test_our_tables(run):
     first = our_side(1, run)
-    assert first.shape == (4, 4) and all("[" in cell for cell in first.iloc[:, 1:].to_numpy().ravel())
+    assert first.shape == (4, 4) and all(
+        "[" in cell for cell in first.iloc[:, 1:].to_numpy().ravel()
+    )
     assert "tiny_hard, n = 30" in first and our_side(3, run).method.tolist()[0] == "BF"
     assert all(isinstance(our_side(number, run), str) for number in (2, 5, 8))
 

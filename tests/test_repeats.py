@@ -1,4 +1,5 @@
-"""avg@k, pass@k and maj@k against enumeration, chapter 13's votes, and the published noise of AIME24."""
+"""avg@k, pass@k, maj@k against enumeration, chapter 13's votes, and published noise of AIME24."""
+
 from itertools import combinations
 from math import comb
 
@@ -14,14 +15,17 @@ from s1book.repeats import drawn_sets, maj_at_k, pass_at_k, repeats_table
 from s1book.stats import ErrorParts, cluster_bootstrap, error_parts
 
 SAMPLES = st.integers(1, 7).flatmap(
-    lambda k: st.lists(st.lists(st.booleans(), min_size=k, max_size=k), min_size=1, max_size=5))
+    lambda k: st.lists(st.lists(st.booleans(), min_size=k, max_size=k), min_size=1, max_size=5)
+)
 ANSWERS = st.lists(st.sampled_from(["1", "2", "3", None]), min_size=1, max_size=6)
 
 
 @given(SAMPLES, st.data())
 def test_pass_at_k_is_every_set_of_k(rows, data):
     k = data.draw(st.integers(1, len(rows[0])))
-    slow = [np.mean([any(row[i] for i in c) for c in combinations(range(len(row)), k)]) for row in rows]
+    slow = [
+        np.mean([any(row[i] for i in c) for c in combinations(range(len(row)), k)]) for row in rows
+    ]
     assert np.allclose(pass_at_k(rows, k), slow)
 
 
@@ -33,7 +37,7 @@ def test_pass_at_k_is_the_published_formula_where_factorials_overflow():
 
 
 def test_pass_at_1_is_not_divided_by_the_samples_again():
-    """lighteval 771: pass@1 of 64 samples is the share of right ones, and their number divides it once."""
+    """lighteval 771: pass@1 of 64 samples is the share of right ones, divided by 64 only once."""
     right = np.arange(64) < 35
     assert pass_at_k(right[None], 1)[0] == pytest.approx(35 / 64)
 
@@ -42,15 +46,23 @@ def test_pass_at_1_is_not_divided_by_the_samples_again():
 def test_maj_at_k_is_chapter_13_on_every_set(answers, data):
     k, gold = data.draw(st.integers(1, len(answers))), {"1"}
     right = [a in gold for a in answers]
-    slow = np.mean([credit(leaders(tally([answers[i] for i in c])), gold)
-                    for c in combinations(range(len(answers)), k)])
+    slow = np.mean(
+        [
+            credit(leaders(tally([answers[i] for i in c])), gold)
+            for c in combinations(range(len(answers)), k)
+        ]
+    )
     assert maj_at_k([answers], [right], k)[0] == pytest.approx(slow)
 
 
 def test_maj_at_k_draws_where_the_sets_are_too_many():
     answers, right = ["1"] * 9 + ["2"] * 7, [True] * 9 + [False] * 7
-    exact = np.mean([credit(leaders(tally([answers[i] for i in c])), {"1"}) for c in combinations(range(16), 5)])
-    assert maj_at_k([answers] * 20, [right] * 20, 5, draws=500).mean() == pytest.approx(exact, abs=0.02)
+    exact = np.mean(
+        [credit(leaders(tally([answers[i] for i in c])), {"1"}) for c in combinations(range(16), 5)]
+    )
+    assert maj_at_k([answers] * 20, [right] * 20, 5, draws=500).mean() == pytest.approx(
+        exact, abs=0.02
+    )
     assert (maj_at_k([answers], [right], 5) == maj_at_k([answers], [right], 5)).all()
     sets = drawn_sets(16, 5, 500, np.random.default_rng(0))
     assert sets.shape == (500, 5) and all(len(set(row)) == 5 for row in sets.tolist())
@@ -89,7 +101,7 @@ def test_the_error_over_questions_is_scipys_and_the_bootstraps():
 
 
 def test_the_published_noise_of_aime24():
-    """lighteval's table (issue 661): standard error 0.0596 with 64 samples; 6.1 points per single sample."""
+    """lighteval's issue 661: standard error 0.0596 with 64 samples; 6.1 points for one sample."""
     measured = ErrorParts(within=0.061 / 8, over=0.0596, samples=64)
     within, over = zip(*[(100 * e.within, 100 * e.over) for e in map(measured.at, (1, 4, 16, 64))])
     assert np.allclose(within, [6.1, 3.0, 1.5, 0.8], atol=0.06)
@@ -111,8 +123,14 @@ def test_one_sample_has_no_parts():
 
 
 def record(question, sample, said, setting="natural"):
-    return {"benchmark": "b", "id": question, "setting": setting, "sample": sample, "extracted": said,
-            "correct": said == "1"}
+    return {
+        "benchmark": "b",
+        "id": question,
+        "setting": setting,
+        "sample": sample,
+        "extracted": said,
+        "correct": said == "1",
+    }
 
 
 def test_repeats_table():

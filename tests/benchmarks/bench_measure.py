@@ -1,6 +1,6 @@
-"""How long measuring takes: paired bootstraps, and grading. By hand: python tests/benchmarks/bench_measure.py
+"""How long do bootstraps and grading take? By hand: python tests/benchmarks/bench_measure.py
 
-The two ways to grade are interleaved on the same answers; ratios inside a repetition scatter less than times.
+Both ways to grade get the same answers; ratios inside a repetition scatter less than times.
 """
 
 import json
@@ -51,23 +51,42 @@ def bootstraps():
         assert np.allclose([ours.low, ours.high], theirs, atol=0.004)
         times.append(fast)
         ratios.append(20 * slow / fast)
-    print(json.dumps({"10,000 paired bootstraps, 728 x 16, seconds": spread(times),
-                      "obvious loop / ours": spread(ratios), "n": REPETITIONS}))
+    print(
+        json.dumps(
+            {
+                "10,000 paired bootstraps, 728 x 16, seconds": spread(times),
+                "obvious loop / ours": spread(ratios),
+                "n": REPETITIONS,
+            }
+        )
+    )
 
 
 def made_up(seed):
     """A question and what a model wrote: numbers, fractions, expressions, half of them right."""
     rng = random.Random(seed)
     a, b = rng.randrange(2, 999), rng.randrange(2, 99)
-    gold = rng.choice([f"{a}", f"\\frac{{{a}}}{{{b}}}", f"{a}\\sqrt{{{b}}}", f"x^2+{a}x+{b}", f"({a}, {b})"])
-    shown = gold if rng.random() < 0.5 else gold.replace(str(a), str(a + 1)).replace("\\frac", "\\dfrac")
+    gold = rng.choice(
+        [f"{a}", f"\\frac{{{a}}}{{{b}}}", f"{a}\\sqrt{{{b}}}", f"x^2+{a}x+{b}", f"({a}, {b})"]
+    )
+    shown = (
+        gold
+        if rng.random() < 0.5
+        else gold.replace(str(a), str(a + 1)).replace("\\frac", "\\dfrac")
+    )
     return {"question": "made up", "answer": gold}, f"So the result is $\\boxed{{{shown}}}$."
 
 
 def one_by_one(attempts):
     """math-verify on text after text, as its README shows it."""
-    return [verify(parse(f"${row['answer']}$", parsing_timeout=None), parse(text, parsing_timeout=None),
-                   timeout_seconds=None) for row, text in attempts]
+    return [
+        verify(
+            parse(f"${row['answer']}$", parsing_timeout=None),
+            parse(text, parsing_timeout=None),
+            timeout_seconds=None,
+        )
+        for row, text in attempts
+    ]
 
 
 def grading():
@@ -82,8 +101,17 @@ def grading():
         differ += sum(bool(a.correct) != b for a, b in zip(ours, theirs))
         rates.append(fast)
         ratios.append(slow / ONE_BY_ONE * ANSWERS / fast)
-    print(json.dumps({"10,000 answers graded, seconds": spread(rates), "math-verify one by one / ours": spread(ratios),
-                      f"verdicts that differ, of {REPETITIONS * ONE_BY_ONE}": differ, "cores": CORES, "n": REPETITIONS}))
+    print(
+        json.dumps(
+            {
+                "10,000 answers graded, seconds": spread(rates),
+                "math-verify one by one / ours": spread(ratios),
+                f"verdicts that differ, of {REPETITIONS * ONE_BY_ONE}": differ,
+                "cores": CORES,
+                "n": REPETITIONS,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

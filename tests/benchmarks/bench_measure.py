@@ -104,7 +104,7 @@ def grading():
     print(
         json.dumps(
             {
-                "10,000 answers graded, seconds": spread(rates),
+                f"{ANSWERS} answers graded, seconds": spread(rates),
                 "math-verify one by one / ours": spread(ratios),
                 f"verdicts that differ, of {REPETITIONS * ONE_BY_ONE}": differ,
                 "cores": CORES,

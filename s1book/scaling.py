@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SERIES', 'mean_over_pairs', 'thousands', 'doublings', 'paper_runs', 'fitted_slope', 'control',
-           'performance', 'Metrics', 'measure', 'table3', 'bounds', 'curve_points', 'drawn_counts', 'resampled_metrics',
-           'method_row', 'scaling_table', 'draw_curve', 'curve_figure']
+           'performance', 'Metrics', 'curve_metrics', 'measure', 'table3', 'bounds', 'curve_points', 'drawn_counts',
+           'resampled_metrics', 'bands', 'binomial_bands', 'method_row', 'scaling_table', 'draw_curve', 'curve_figure']
 
 # %% ../nbs/16_scaling.ipynb #33a1c3dd
 from collections.abc import Iterable
@@ -16,7 +16,9 @@ import numpy as np
 import pandas as pd
 
 from .config import STYLE
-from .stats import KINDS, accuracy_table, paper_table, score_matrix, setting_key
+from s1book.stats import (
+    KINDS, SIZES, accuracy_table, paper_table, score_matrix, setting_key, shown,
+)
 
 # %% ../nbs/16_scaling.ipynb #f7c40e3b
 def mean_over_pairs(
@@ -101,19 +103,27 @@ class Metrics:
     n_points: int  # runs
 
 
+def curve_metrics(
+    tokens: np.ndarray,  # (..., S) mean thinking tokens of S runs
+    accuracy: np.ndarray,  # (..., S) in per cent
+) -> dict[str, np.ndarray]:  # metric -> (...)
+    """What needs no bounds: Scaling in both units, its fitted twin, and Performance."""
+    return {
+        "scaling_linear": mean_over_pairs(thousands(tokens), accuracy),
+        "scaling_per_doubling": mean_over_pairs(doublings(tokens), accuracy),
+        "scaling_fit": fitted_slope(doublings(tokens), accuracy),
+        "performance": performance(accuracy),
+    }
+
+
 def measure(
     points: pd.DataFrame,  # tokens, accuracy (per cent), bound_low, bound_high
 ) -> Metrics:
     """Control, Scaling in both units, its fitted twin, and Performance."""
     tokens, accuracy = points.tokens.to_numpy(float), points.accuracy.to_numpy(float)
-    return Metrics(
-        control(tokens, points.bound_low, points.bound_high),
-        float(mean_over_pairs(thousands(tokens), accuracy)),
-        float(mean_over_pairs(doublings(tokens), accuracy)),
-        float(fitted_slope(doublings(tokens), accuracy)),
-        float(performance(accuracy)),
-        len(points),
-    )
+    found = {name: float(value) for name, value in curve_metrics(tokens, accuracy).items()}
+    return Metrics(control(tokens, points.bound_low, points.bound_high), n_points=len(points),
+                   **found)
 
 # %% ../nbs/16_scaling.ipynb #af45c139
 def table3() -> pd.DataFrame:  # ours, the printed numbers, and the columns that disagree
@@ -128,6 +138,7 @@ def table3() -> pd.DataFrame:  # ours, the printed numbers, and the columns that
         "performance": (table.performance - table.printed_performance).abs() > 0.05,
         "runs": table.n_points != table.printed_runs,
     })
+    table["shown"] = [shown(accuracy, "aime24") for accuracy in table.performance]
     return table.assign(differs=differs.apply(lambda row: ", ".join(row.index[row]), axis=1))
 
 # %% ../nbs/16_scaling.ipynb #291b2251
@@ -175,13 +186,29 @@ def resampled_metrics(
 ) -> dict[str, np.ndarray]:  # metric -> (R,) values
     """Scaling and Performance of every resample, by one matrix product each."""
     q = counts_RQ.shape[1]
-    accuracy_RS, tokens_RS = 100 * counts_RQ @ correct_QS / q, counts_RQ @ tokens_QS / q
-    return {
-        "scaling_linear": mean_over_pairs(thousands(tokens_RS), accuracy_RS),
-        "scaling_per_doubling": mean_over_pairs(doublings(tokens_RS), accuracy_RS),
-        "scaling_fit": fitted_slope(doublings(tokens_RS), accuracy_RS),
-        "performance": performance(accuracy_RS),
-    }
+    return curve_metrics(counts_RQ @ tokens_QS / q, 100 * counts_RQ @ correct_QS / q)
+
+
+def bands(
+    values: dict[str, np.ndarray],  # metric -> (R,) values
+) -> dict[str, float]:  # <metric>_low and <metric>_high
+    """The ends of the middle 95 %."""
+    ends = {name: np.nanquantile(value, [0.025, 0.975]) for name, value in values.items()}
+    return {f"{name}_{end}": float(x) for name, pair in ends.items()
+            for end, x in zip(("low", "high"), pair)}
+
+# %% ../nbs/16_scaling.ipynb #e5a0b012
+def binomial_bands(
+    points: pd.DataFrame,  # tokens and accuracy (per cent) of one method
+    n: int = SIZES["aime24"],  # questions behind every accuracy
+    resamples: int = 10_000,  # of the band
+    seed: int = 0,  # of the draw
+) -> dict[str, float]:  # <metric>_low and <metric>_high
+    """Bands for published points: every run's count is drawn anew, apart from the others."""
+    draw, share_S = np.random.default_rng(seed), points.accuracy.to_numpy() / 100
+    accuracy_RS = 100 * draw.binomial(n, share_S, size=(resamples, len(points))) / n
+    tokens_RS = np.broadcast_to(points.tokens.to_numpy(float), accuracy_RS.shape)
+    return bands(curve_metrics(tokens_RS, accuracy_RS))
 
 # %% ../nbs/16_scaling.ipynb #58771f47
 def method_row(
@@ -196,10 +223,7 @@ def method_row(
     correct, tokens = score_matrix(own), score_matrix(own, "thinking_tokens")
     counts = drawn_counts(len(correct), resamples, seed=0)
     values = resampled_metrics(correct.to_numpy(), tokens.to_numpy(), counts)
-    row = vars(measure(points)).copy()
-    for metric, value in values.items():
-        row[f"{metric}_low"], row[f"{metric}_high"] = np.nanquantile(value, [0.025, 0.975])
-    return row
+    return vars(measure(points)) | bands(values)
 
 
 def scaling_table(

@@ -241,6 +241,18 @@ class Evaluate(Section):
     "Chapter 14: what is measured."
     benchmarks: tuple[str, ...] = Field(
         min_length=1, description="names of the benchmarks, in order")
+    samples: int = Field(1, ge=1, description="answers per question and setting")
+    temperature: float = Field(
+        0.0, ge=0, description="of the sampling; 0 takes the most likely token (paper section 4.1)")
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "Evaluate":
+        "Greedy answers are all the same, so several of them say nothing new."
+        if self.samples > 1 and not self.temperature:
+            raise PydanticCustomError(
+                "samples", "a temperature above 0 where there are several samples",
+                {"key": "evaluate.temperature", "found": self.temperature})
+        return self
 
 
 class Launch(Section):

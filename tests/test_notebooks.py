@@ -21,8 +21,9 @@ REFERENCE = {  # chapter -> what lies right below it: machinery, or what to look
     "tiny": ["world", "pretraining"], "decontaminate": ["sources", "plain"], "traces": ["client", "store"],
     "grade": ["asking", "verifier", "columns"], "features": ["judge", "rubric"],
     "sft": ["packing", "adapters", "training_files", "forgetting"], "engine": ["backends"], "budget": ["forcing"],
-    "controls": ["replay"], "cost": ["launch"], "serve": ["streaming", "ask", "wire"]}
-MACHINERY = ["preflight", "leaks", "card", "runner", "report", "cli"]  # above every chapter
+    "controls": ["replay"], "evaluate": ["benchmarks", "exchange", "runcard"], "scaling": ["repeats"],
+    "cost": ["launch"], "serve": ["streaming", "ask", "wire"]}
+MACHINERY = ["preflight", "leaks", "card", "figures", "diff", "runner", "report", "inspector", "tables", "cli"]  # above every chapter
 MODULES = sorted(p for p in Path("s1book").glob("*.py") if not p.name.startswith("_"))
 ABSOLUTE = re.compile(r"(?<![\w:/.~-])/(?:home|root|tmp|usr|Users|work|var|opt|mnt|private|srv)/|[A-Z]:\\+Users")
 
@@ -134,6 +135,15 @@ def test_small_clean_and_without_absolute_paths(path):
             assert not found, f"cell {i}: {text[max(0, found.start() - 20):found.end() + 20]}"
 
 
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem != "00_presets"], ids=lambda p: p.stem)
+def test_no_bare_aime_number(path):
+    """Thirty questions: an accuracy on AIME is shown with its interval, or it is not shown."""
+    for i, cell in enumerate(read_notebook(path)["cells"], 1):
+        for text in texts(cell.get("outputs", [])):
+            if re.search("aime", text, re.I) and re.search(r"\b\d{1,2}\.\d\b", text):
+                assert re.search(r"\[-?\d+\.\d, -?\d+\.\d\]|\blow\b", text), f"cell {i}: {text[:300]}"
+
+
 @each_notebook
 def test_figures_have_words(path):
     cells = read_notebook(path)["cells"]
@@ -163,7 +173,8 @@ def test_modules_import_only_earlier_ones():
         assert used <= allowed, f"{name} imports {used - allowed}, which come later"
 
 
-@pytest.mark.parametrize("name", [*(name for names in REFERENCE.values() for name in names), "leaks"])
+@pytest.mark.parametrize("name", [*(name for names in REFERENCE.values() for name in names), "leaks", "figures",
+                                  "diff", "inspector", "tables"])
 def test_reference_notebooks_run(name):
     """Their worked examples hold; no runner executes them, and so a test does."""
     names = {"__name__": "__main__"}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s1book.scaling import (
-    bounds, control, curve_figure, curve_points, doublings, drawn_counts, fitted_slope, mean_over_pairs, measure,
+    binomial_bands, bounds, control, curve_figure, curve_points, doublings, drawn_counts, fitted_slope, mean_over_pairs, measure,
     paper_runs, performance, resampled_metrics, scaling_table, table3, thousands,
 )
 from s1book.stats import accuracy_table, paper_table
@@ -81,6 +81,29 @@ def test_rejection_sampling_needs_two_sets_of_runs():
     without = measure(rejection[rejection.run != "limit 3500"])
     assert without.scaling_per_doubling == pytest.approx(-35.5, abs=0.05)
     assert without.performance == pytest.approx(36.7, abs=0.05)  # the printed 40.0 is the run left out
+
+
+def test_table_3_shows_no_bare_accuracy():
+    assert table3().shown["BF"] == "56.7 [39.2, 72.6]" and table3().shown["RS"] == "40.0 [24.6, 57.7]"
+
+
+def test_bands_of_published_points_are_those_of_a_slow_twin():
+    points, draw = paper_runs().query("method == 'BF'"), np.random.default_rng(1)
+    scalings = [slow_scaling(np.log2(points.tokens.to_numpy()),
+                             [100 * np.mean(draw.random(30) < a / 100) for a in points.accuracy]) for _ in range(2000)]
+    ours = binomial_bands(points)
+    assert np.allclose([ours["scaling_per_doubling_low"], ours["scaling_per_doubling_high"]],
+                       np.quantile(scalings, [0.025, 0.975]), atol=1)
+    assert ours == binomial_bands(points) != binomial_bands(points, seed=1)
+    more = binomial_bands(points, n=3000)  # a hundred times the questions: a tenth of the width
+    width = [b["scaling_fit_high"] - b["scaling_fit_low"] for b in (ours, more)]
+    assert width[0] == pytest.approx(10 * width[1], rel=0.1)
+
+
+def test_only_budget_forcing_has_a_scaling_apart_from_zero():
+    apart = {m for m, p in paper_runs().groupby("method") if binomial_bands(p)["scaling_per_doubling_low"] > 0}
+    falls = {m for m, p in paper_runs().groupby("method") if binomial_bands(p)["scaling_per_doubling_high"] < 0}
+    assert apart == {"BF"} and not falls
 
 
 def test_paper_data_agree_with_each_other():

@@ -16,7 +16,7 @@ from statsmodels.stats.proportion import proportion_confint, proportion_effectsi
 from s1book.config import S1Error
 from s1book.stats import (
     Interval, accuracy_table, cluster_bootstrap, flips, holm, mcnemar, paired_bootstrap, paper_table,
-    questions_paired, questions_unpaired, recorded, resampled_means, score_matrix, setting_key, wilson,
+    published, questions_paired, questions_unpaired, recorded, resampled_means, score_matrix, setting_key, wilson,
 )
 
 
@@ -180,6 +180,25 @@ def test_paper_table_and_counts_of_s1():
     assert 100 * 17 / 30 == pytest.approx(table.aime24["s1-32B"], abs=0.05)
     with pytest.raises(S1Error, match="data/paper/nothing.csv"):
         paper_table("nothing")
+
+
+def test_published_numbers_get_their_intervals():
+    rows = published(paper_table("table1")).set_index(["model", "benchmark"])
+    best = rows.loc[("s1-32B", "aime24")]
+    assert (best.n, best.correct, best.shown) == (30, 17, "56.7 [39.2, 72.6]") and best.whole
+    assert not rows.whole[("o1-preview", "aime24")]  # 44.6 is an average of runs
+    low, high = proportion_confint(0.446 * 30, 30, method="wilson")
+    assert np.allclose(rows.loc[("o1-preview", "aime24"), ["low", "high"]].astype(float), [100 * low, 100 * high])
+    assert ("Gemini 2.0 Flash Thinking", "math500") not in rows.index  # the paper gives none
+    assert ((rows.low <= rows.accuracy) & (rows.accuracy <= rows.high)).all()
+    long = published(paper_table("table8"))  # one column of benchmarks
+    assert len(long) == 6 and long.n.tolist() == [30, 500, 198] * 2
+
+
+def test_how_many_questions_tell_50_from_57():
+    """The question of the issue: different questions for each setting, and the same ones."""
+    assert questions_unpaired(0.5, 17 / 30) == 878
+    assert questions_paired(2 / 30, 0) == 116 and questions_paired(4 / 30, 2 / 30) == 351
 
 
 def test_recorded(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,249 @@
+"""The paper's figures and tables: every number is there, with its interval, errors are marked."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from s1book.cli import main
+from s1book.config import Run, S1Error, project_root
+from s1book.figures import (
+    COLUMNS,
+    Drawing,
+    Panel,
+    described,
+    domain_bars,
+    draw,
+    drawings,
+    figure_4,
+    our_rejection,
+    ours,
+    paper_points,
+    save,
+)
+from s1book.scaling import curve_points
+from s1book.stats import paper_table, wilson
+from s1book.tables import NAMED_BY, TITLES, our_side, paper_side, statement_table, statements
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that has made nothing, so that the recorded figures are read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("S1BOOK_RUN", str(tmp_path_factory.mktemp("run")))
+        yield Run.open("tiny")
+
+
+@pytest.fixture(scope="module")
+def all_drawings(run):
+    return {drawing.name: drawing for drawing in drawings(run)}
+
+
+def test_every_published_point_is_drawn(all_drawings):
+    drawn = pd.concat(
+        [
+            p.points
+            for d in all_drawings.values()
+            for p in d.panels
+            if p.whose == "paper" and p.kind == "lines"
+        ]
+    )
+    table = paper_table("figure_points")
+    assert len(drawn) == len(table) == 47
+    assert sorted(drawn.y.round(2)) == sorted(table.accuracy.round(2))
+    assert sorted(all_drawings) == ["figure-1", "figure-2", "figure-4", "figure-6", "figure-7"]
+
+
+def test_every_point_has_an_interval_around_it(all_drawings):
+    for drawing in all_drawings.values():
+        for panel in (p for p in drawing.panels if p.kind != "bars"):
+            assert list(panel.points) == COLUMNS
+            assert (panel.points.low <= panel.points.y).all() and (
+                panel.points.y <= panel.points.high
+            ).all()
+            assert (panel.points.high - panel.points.low > 1).all()
+
+
+def test_known_errors_are_ringed_and_said(all_drawings):
+    assert all_drawings["figure-1"].errata == ["Table 1 gives 93.0"]
+    assert any("30 questions instead of 198" in text for text in all_drawings["figure-4"].errata)
+    assert all_drawings["figure-6"].errata == ["the caption leaves out limit 6000"]
+    assert any("says 51" in note for note in all_drawings["figure-2"].notes)
+    figure = draw(all_drawings["figure-4"])
+    rings = [
+        line
+        for line in figure.axes[1].lines
+        if line.get_fillstyle() == "none" and len(line.get_xdata()) == 1
+    ]
+    assert len(rings) == 9 and "30 questions" in figure._supxlabel.get_text()
+
+
+def test_figure_4b_is_corrected_to_figure_1(all_drawings):
+    """Per question, its abscissa is that of Figure 1; printed totals are 6.6 times too small."""
+    panel = all_drawings["figure-4"].panels[1]
+    sequential = panel.points[panel.points.series == "BF"].x.to_numpy()
+    assert np.allclose(sequential, paper_points("1", "gpqa_diamond").x.to_numpy()[-3:], rtol=0.01)
+
+
+def test_ours_are_the_recorded_accuracies(all_drawings):
+    table = curve_points(pd.read_csv(project_root() / "data" / "reference" / "accuracy.csv"))
+    mine = next(
+        p for p in all_drawings["figure-1"].panels if p.title == "tiny_hard"
+    ).points.set_index("label")
+    theirs = table[table.benchmark == "tiny_hard"].set_index("setting")
+    assert (
+        mine.y.equals(theirs.accuracy[mine.index])
+        and "base" not in mine.index
+        and "wait=1" in mine.index
+    )
+
+
+def test_rejection_points_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setenv("S1BOOK_RUN", str(tmp_path))
+    (tmp_path / "controls").mkdir()
+    runs = [
+        {
+            "RS/8": {"thinking_tokens": 4 + i, "correct": i == 0},
+            "RS+BF/8": {"thinking_tokens": 9, "correct": True},
+        }
+        for i in range(3)
+    ]
+    lines = [{"method": "RS", "runs": r} for r in runs] + [{"method": "BF", "runs": {}}]
+    (tmp_path / "controls" / "records.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
+    [row] = our_rejection(Run.open("tiny")).itertuples()
+    assert (row.x, row.label) == (5, "limit 8") and row.low == pytest.approx(100 * wilson(1, 3).low)
+
+
+def test_what_is_missing_is_said(run):
+    panel, [note] = ours(run, "rejection", our_rejection)
+    assert panel == [] and "chapter 12 makes it" in note
+    assert ours(None, "x", our_rejection) == ([], [])
+    assert {p.whose for d in drawings() for p in d.panels} == {"paper"}  # the paper alone
+    with pytest.raises(S1Error, match="no point of figure 9"):
+        paper_points("9")
+
+
+def test_words_say_every_accuracy_with_its_interval(all_drawings):
+    for drawing in all_drawings.values():
+        words = described(drawing)
+        assert len(words.split()) > 20
+        for text in re.findall(r"\d+\.\d %(.{0,3})", words):
+            assert text.startswith(" ["), words
+    assert "0.0 % [0.0, 11.4] at 500" in described(all_drawings["figure-1"])
+
+
+def test_files_are_the_same_twice_and_hold_the_words(tmp_path):
+    from PIL import Image
+
+    drawing = figure_4(None)
+    first = [path.read_bytes() for path in save(drawing, tmp_path)]
+    png, svg = save(drawing, tmp_path)
+    assert [png.read_bytes(), svg.read_bytes()] == first
+    assert Image.open(png).info["Description"] == described(drawing)
+    assert (
+        "Figure 4: thinking on, and voting" in svg.read_text()
+        and "majority of Qwen2.5" in svg.read_text()
+    )
+
+
+def test_domains_add_up():
+    counts = pd.Series({chr(ord("a") + i): i + 1 for i in range(20)})
+    bars = domain_bars(counts, 300, 25, most=5)
+    assert bars.x.sum() == 300 and bars.label.tolist() == ["t", "s", "r", "q", "p", "20 others"]
+    assert domain_bars(counts[:3], 6, 3).label.tolist() == ["c", "b", "a"]
+    paper = next(drawings()), list(drawings())[1]
+    assert paper[1].panels[0].points.x.sum() == 1000
+
+
+@pytest.mark.parametrize("number", NAMED_BY)
+def test_tables_hold_every_number(number):
+    printed, shown = paper_table(f"table{number}"), paper_side(number)
+    text = shown.to_csv()
+    columns = [
+        c for c in ("aime24", "aime25", "math500", "gpqa_diamond", "accuracy") if c in printed
+    ]
+    for value in printed[columns].stack().dropna():
+        assert f"{value:.1f} [" in text, value
+    wrong = {part for part in printed.get("erratum", pd.Series(dtype=object)).dropna()}
+    assert all(any(error in said for said in shown["known error"]) for error in wrong)
+    accuracies = [cell for c in columns if c in shown for cell in shown[c] if cell]
+    assert all(re.fullmatch(r"\d+\.\d \[\d+\.\d, \d+\.\d\].*", cell) for cell in accuracies)
+
+
+def test_table_3_names_the_two_rows():
+    table = paper_side(3).set_index("method")
+    assert (
+        table.index[table.disagrees != ""].tolist() == ["BF", "RS"]
+        and table["known error"].notna().all()
+    )
+    assert table["Performance, recomputed"]["BF"] == "56.7 [39.2, 72.6]"
+
+
+def test_our_tables(run):
+    first = our_side(1, run)
+    assert first.shape == (4, 4) and all(
+        "[" in cell for cell in first.iloc[:, 1:].to_numpy().ravel()
+    )
+    assert "tiny_hard, n = 30" in first and our_side(3, run).method.tolist()[0] == "BF"
+    assert all(isinstance(our_side(number, run), str) for number in (2, 5, 8))
+
+
+def test_the_three_statements_hold_of_the_paper_and_are_not_assumed():
+    table = statement_table()
+    assert table.holds.all() and table.clear.tolist() == [True, False, True]
+    assert "0.0 [0.0, 11.4] at 500" in table["first"][1]
+    flat = paper_points("1", "math500").assign(y=50.0, low=45.0, high=55.0)
+    assert not any(s.holds or s.clear for s in statements(flat, flat, flat))
+    wide = flat.assign(y=92.0, low=88.0, high=95.0)
+    assert [(s.holds, s.clear) for s in statements(wide, flat, flat)][0] == (True, False)
+
+
+class Page(HTMLParser):
+    """Addresses and alternative texts."""
+
+    def __init__(self):
+        super().__init__()
+        self.sources, self.alts, self.links = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.sources += [attrs["src"]] if "src" in attrs else []
+        self.alts += [attrs["alt"]] if tag == "img" else []
+        self.links += [attrs["href"]] if "href" in attrs else []
+
+
+def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("S1BOOK_RUN", str(tmp_path))
+    main_code = None
+    try:
+        main(["figures"])
+    except SystemExit as end:
+        main_code = end.code
+    assert not main_code and "Figures: " in capsys.readouterr().out
+    folder = tmp_path / "figures"
+    text = (folder / "index.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert len(page.alts) == 5 and all(len(alt.split()) > 20 for alt in page.alts)
+    assert all(source.startswith("data:") for source in page.sources) and "<script" not in text
+    assert all((folder / link).is_file() for link in page.links if not link.startswith("#"))
+    assert {p.name for p in folder.glob("table-*.csv")} == {f"table-{n}.csv" for n in TITLES}
+    shutil.rmtree(folder)
+
+
+def test_texts_on_the_page_are_escaped():
+    from s1book.tables import table_html
+
+    assert "<script" not in table_html(pd.DataFrame({"a": ["<script>"]}), "x")
+
+
+def test_a_panel_of_one_series_has_no_legend():
+    points = paper_points("6")
+    figure = draw(Drawing("x", "x", (Panel("a", "paper", points),)))
+    assert figure.axes[0].get_legend() is None and figure.axes[0].get_xscale() == "linear"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['See', 'LETTERS', 'KNOWS', 'LOOK', 'watched', 'in_chunks', 'marks_for', 'opened_prompt', 'tiny_wording', 'Printer',
-           'summary', 'Wish', 'wanted', 'model_for', 'ask', 'write_page']
+           'summary', 'Wish', 'wanted', 'find_model', 'model_for', 'ask', 'write_page']
 
 # %% ../nbs/ask.ipynb #2b25614d
 import re
@@ -70,7 +70,7 @@ def in_chunks(
             see(reply.new_ids)
     return Continued(new, stop)
 
-# %% ../nbs/ask.ipynb #be205c7f
+# %% ../nbs/ask.ipynb #3d58516f
 def marks_for(
     tokenizer: "PreTrainedTokenizerFast",  # of the model
 ) -> Delimiters:
@@ -89,16 +89,17 @@ def opened_prompt(
     question: str,  # becomes the user's turn
     marks: Delimiters,  # the first of them is appended
 ) -> list[int]:  # ends with the opened thinking
-    "The prompt of a model that shall think; a thinking that the template opens is not opened twice."
+    "The prompt of a model that shall think; what the template opens is not opened twice."
     text = chat_text(tokenizer, question)
     if text.rstrip().endswith(marks.think.rstrip()):
         text = text.rstrip()[:-len(marks.think.rstrip())]
     return text_ids(tokenizer, text + marks.think)
 
-# %% ../nbs/ask.ipynb #dfb89fa2
-LETTERS = re.compile(r"""how many (\w)['’]?s? (?:are )?(?:there )?in (?:the word )?["'“]?(\w+)""", re.I)
-KNOWS = ("the tiny model reads only the questions of its own world, such as 'How many r in raspberry' "
-         "or 'Last digit of sum a7 b1 c2 ?'; ask a larger one with --model")
+# %% ../nbs/ask.ipynb #bbfe9694
+LETTERS = re.compile(r"""how many (\w)['’]?s? (?:are )?(?:there )?in (?:the word )?["'“]?"""
+                     r"""([^\W\d_]+)["'”]?\s*\??\s*$""", re.I)
+KNOWS = ("the tiny model reads only the questions of its own world, such as 'How many r in "
+         "raspberry' or 'Last digit of sum a7 b1 c2 ?'; ask a larger one with --model")
 
 
 def tiny_wording(
@@ -139,7 +140,7 @@ class Printer:
                            soft_wrap=True)
         self.console.file.flush()
 
-# %% ../nbs/ask.ipynb #49cc47ee
+# %% ../nbs/ask.ipynb #c5da6d50
 def summary(
     result: Forced,  # what came of it
 ) -> str:
@@ -148,8 +149,8 @@ def summary(
     who = "the model" if trace.end_reason == "natural" else "the maximum"
     waits = f"{trace.waits} Wait{'s' * (trace.waits != 1)}"
     cut = "" if result.answer_ended else ", cut at its limit"
-    return (f"{len(trace.ids)} thinking tokens, {trace.forced_tokens} of them ours ({waits}); ended by "
-            f"{who}; answer of {len(result.answer_ids)} tokens{cut}")
+    return (f"{len(trace.ids)} thinking tokens, {trace.forced_tokens} of them ours ({waits}); "
+            f"ended by {who}; answer of {len(result.answer_ids)} tokens{cut}")
 
 # %% ../nbs/ask.ipynb #d01f904c
 @dataclass(frozen=True)
@@ -193,7 +194,27 @@ def wanted(
                       f"context has {context} tokens, the prompt takes {len(prompt)}.")
     return fitting
 
-# %% ../nbs/ask.ipynb #1fdfc62f
+# %% ../nbs/ask.ipynb #1ba4bd29
+def find_model(
+    name: str,  # a folder, or a model's name on the hub
+) -> str:  # something that can be opened
+    "Look for a model once, before libraries that never give up look for it."
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        HfApi().model_info(name, timeout=5)
+        return name
+    except Exception as error:  # no such name, no access, no network: each library has its own
+        reason = str(error).strip().splitlines()[0][:120]
+    try:
+        return snapshot_download(name, local_files_only=True)
+    except (OSError, ValueError):
+        raise S1Error(f"--model {name}: found neither a folder nor a model on the hub ({reason}), "
+                      "wanted one of them.") from None
+
+# %% ../nbs/ask.ipynb #b93a8416
 def model_for(
     run: Run,  # device, and the tiny model
     model: str | None,  # folder or name; None: the model of the course
@@ -204,11 +225,11 @@ def model_for(
         return *open_engine(preset, run.read("sft")), preset.budget
     own = preset.model_copy(update={"engine": preset.engine.model_copy(update={"context": 10**9})})
     try:
-        engine, tokenizer = open_engine(own, model)
+        engine, tokenizer = open_engine(own, find_model(model))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:120]
-        raise S1Error(f"--model {model}: found no model that can be opened ({reason}), wanted a "
-                      "folder with weights and tokenizer, or a name on the hub.") from None
+        raise S1Error(f"--model {model}: found no model that can be opened ({reason}), wanted one "
+                      "with weights and tokenizer.") from None
     longer = {"max_answer_tokens": 1024, "max_thinking_tokens": 2048}
     return engine, tokenizer, preset.budget.model_copy(update=longer)
 
@@ -245,7 +266,7 @@ def ask(
         say(f"every budget: {page}")
     return result
 
-# %% ../nbs/ask.ipynb #c5f1b0bc
+# %% ../nbs/ask.ipynb #5a291c91
 def write_page(
     engine: Engine,  # with the model in it
     tokenizer: "PreTrainedTokenizerFast",  # of the model
@@ -257,6 +278,6 @@ def write_page(
     "Record the run under every budget and write it as a page of its own."
     waits = range(force.ignore_end + 1)
     [recording] = engine.run([record(tokenizer, question, prompt, force, waits, budgets=100)])
-    text = f"<!doctype html><meta charset=\"utf-8\"><title>s1book ask</title>{replay_html(recording)}"
+    text = f"<!doctype html><meta charset='utf-8'><title>s1book</title>{replay_html(recording)}"
     with disk_errors(page), atomic(page) as aside:
         aside.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A recording holds every budget as a run of its own would give it, and the page shows just that."""
+"""A recording holds every budget as a run of its own gives it, and the page shows just that."""
 
 import json
 import re
@@ -12,10 +12,20 @@ from s1book.budget import Force, budget_force, make_force
 from s1book.config import S1Error, load_preset, project_root
 from s1book.engine import open_engine
 from s1book.format import prompt_ids
-from s1book.replay import added_texts, phases, positions, record, replay_html, shown_html, text_parts
+from s1book.replay import (
+    added_texts,
+    phases,
+    positions,
+    record,
+    replay_html,
+    shown_html,
+    text_parts,
+)
 
 QUESTION = "How many r in 1r 2a 3s 4p 5b 6e 7r 8r 9y ?"
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +40,17 @@ def world():
 
 def expected(world, waits, budget):
     engine, tokenizer, force, prompt, _ = world
-    [run] = engine.run([budget_force(prompt, replace(force, ignore_end=waits, max_thinking=budget))])
+    [run] = engine.run(
+        [budget_force(prompt, replace(force, ignore_end=waits, max_thinking=budget))]
+    )
     return run, text_parts(tokenizer, run)
 
 
 def states(recording):
     n, last = len(recording["waits"]), len(recording["budgets"]) - 1
-    return [(w, k) for w in range(n) for k in {0, 1, 7, last // 3, last // 2, last - 2, last - 1, last}]
+    return [
+        (w, k) for w in range(n) for k in {0, 1, 7, last // 3, last // 2, last - 2, last - 1, last}
+    ]
 
 
 def test_every_budget_is_what_a_run_of_its_own_gives(world):
@@ -45,7 +59,7 @@ def test_every_budget_is_what_a_run_of_its_own_gives(world):
     for w, k in states(recording):
         outcome = recording["outcomes"][recording["at"][w][k]]
         run, parts = expected(world, recording["waits"][w], recording["budgets"][k])
-        tokens = recording["tokens"][:outcome["shown"]]
+        tokens = recording["tokens"][: outcome["shown"]]
         assert "".join(text for text, _ in tokens) == "".join(p["text"] for p in parts[:-2])
         assert sum(ours for _, ours in tokens) == run.trace.forced_tokens == outcome["forced"]
         assert (outcome["closing"], outcome["answer"]) == tuple(p["text"] for p in parts[-2:])
@@ -73,9 +87,22 @@ def test_it_is_one_decode_and_plain_data(world):
 
 
 def test_few_positions_are_spread_from_the_least_to_the_longest():
-    force = Force(max_thinking=500, max_answer=1, stop_ids=frozenset(), answer_stops=frozenset(),
-                  open_answer=(), final_answer=(), newline=(), line_ends=frozenset(), min_thinking=3)
-    assert positions(9, 400, force) == list(range(3, 10)) and positions(103, 3, force) == [3, 53, 103]
+    force = Force(
+        max_thinking=500,
+        max_answer=1,
+        stop_ids=frozenset(),
+        answer_stops=frozenset(),
+        open_answer=(),
+        final_answer=(),
+        newline=(),
+        line_ends=frozenset(),
+        min_thinking=3,
+    )
+    assert positions(9, 400, force) == list(range(3, 10)) and positions(103, 3, force) == [
+        3,
+        53,
+        103,
+    ]
     assert positions(900, 5, force)[-1] == 500 and positions(3, 9, force) == [3]
 
 
@@ -91,8 +118,13 @@ def test_texts_of_parts_add_up(world):
     ids = [i for _, part in phases(run) for i in part]
     assert "".join(p["text"] for p in text_parts(tokenizer, run)) == tokenizer.decode(ids)
     assert len(added_texts(tokenizer, ids)) == len(ids)
-    assert [p["phase"] for p in text_parts(tokenizer, run)] == ["thinking", "forced", "thinking",
-                                                                 "forced", "answer"]
+    assert [p["phase"] for p in text_parts(tokenizer, run)] == [
+        "thinking",
+        "forced",
+        "thinking",
+        "forced",
+        "answer",
+    ]
 
 
 def test_a_model_cannot_close_the_script(world):
@@ -137,9 +169,20 @@ def browse(folder, body):
     """What a headless browser makes of a page."""
     (folder / "page.html").write_text(f"<!doctype html><meta charset=utf-8><body>{body}")
     done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile",
-         "--virtual-time-budget=5000", "--dump-dom", f"file://{folder}/page.html"],
-        capture_output=True, text=True, timeout=120)
+        [
+            BROWSER,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={folder}/profile",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            f"file://{folder}/page.html",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     found = re.search("SEEN(.*)NEES", done.stdout, re.S)
     assert found, done.stdout[-2000:] + done.stderr[-500:]
     text = found.group(1).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
@@ -153,13 +196,18 @@ def test_a_browser_replays_every_budget(world, tmp_path):
     page = replay_html(recording)
     *seen, played = browse(tmp_path, page + page + DRIVER % json.dumps(steps))
     assert played == [True, "Replay"] and len(seen) == 2 * len(steps)
-    assert seen[:len(steps)] == seen[len(steps):], "two copies in one page do not disturb each other"
+    assert (
+        seen[: len(steps)] == seen[len(steps) :]
+    ), "two copies in one page do not disturb each other"
     for (w, k), (text, says, maximum, marks, hidden) in zip(steps, seen):
         outcome = recording["outcomes"][recording["at"][w][k]]
         _, parts = expected(world, recording["waits"][w], recording["budgets"][k])
-        shown = "".join(f"[{p['text']}]" if p["phase"] == "forced" else p["text"]
-                        for p in parts if p["text"])
+        shown = "".join(
+            f"[{p['text']}]" if p["phase"] == "forced" else p["text"] for p in parts if p["text"]
+        )
         assert text == shown and maximum == str(recording["budgets"][k]) and not hidden
         assert marks == outcome["waits"] + 1
-        assert says.startswith(f"{outcome['shown']} thinking tokens, {outcome['forced']} of them ours")
+        assert says.startswith(
+            f"{outcome['shown']} thinking tokens, {outcome['forced']} of them ours"
+        )
         assert says.endswith(f"it says: {outcome['answer']}")

@@ -209,7 +209,7 @@ def seeded(sampling: Sampling, segment: int | str) -> Sampling:
     "Random numbers of its own for every segment; the same seed twice would repeat them."
     return replace(sampling, seed=item_seed(sampling.seed, segment))
 
-# %% ../nbs/forcing.ipynb #082343b8
+# %% ../nbs/forcing.ipynb #e5bf114b
 def segment(
     ids: list[int],  # prompt and everything kept
     force: Force,  # marks and sampling
@@ -230,14 +230,15 @@ def segment(
             ids + new, left, force.stop_ids | lasts, sampling, phase="thinking")]
         new += reply.new_ids + [reply.stop_id] * (reply.stop_id is not None)
         end = end_of(new, force) if reply.stop_id is not None else 0
-        if end and least <= len(new) - end:
-            ended = len(new) - end < limit
-            return Continued(new[:-end][:limit], reply.stop_id if ended else None)
-        if end:
+        while end and len(new) - end < least:  # what takes its place may complete another mark
             del new[-end:]
             sampling = seeded(force.sampling, f"{name}.{len(new)} again")
             [reply] = yield [Continuation(ids + new, 1, firsts, sampling, 1, "thinking")]
             new += reply.new_ids
+            end = end_of(new, force)
+        if end:
+            ended = len(new) - end < limit
+            return Continued(new[:-end][:limit], new[-1] if ended else None)
     return Continued(new[:limit], None)
 
 # %% ../nbs/forcing.ipynb #08c7c8fa

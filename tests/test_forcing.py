@@ -5,7 +5,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from s1book.budget import (
@@ -250,6 +250,7 @@ forces = st.builds(
 
 @settings(max_examples=500, deadline=None)
 @given(models, forces)
+@example(dice(151, 0.7), make(7, 7, 0, ((),), ((10, 11), (10, 7))))
 def test_exact_is_what_one_token_at_a_time_gives(model, force):
     engine = ScriptedEngine(model)
     [result] = engine.run([budget_force(PROMPT, force)])

@@ -40,6 +40,12 @@ from test_forcing import (
 PHRASE = "How many r in raspberry"
 
 
+@pytest.fixture(autouse=True)
+def recorded(tmp_path, monkeypatch):
+    """The recorded model, whatever this checkout has run."""
+    monkeypatch.setenv("S1BOOK_RUN", str(tmp_path / "nothing"))
+
+
 # ---------------------------------------------------------------- watching
 
 

@@ -311,5 +311,8 @@ def test_a_maximum_that_nobody_asked_for_is_what_fits(tiny_tokenizer):
     prompt = [5] * 40
     force = wanted(tiny_tokenizer, budget, S1, Wish(), prompt, 200)
     assert force.max_thinking + len(prompt) + force.max_answer < 200 and isinstance(force, Force)
+    warm = Wish(temperature=0.7, answer_temperature=0.3, seed=5)
+    force = wanted(tiny_tokenizer, budget, S1, warm, prompt, 200)
+    assert (force.sampling, force.answer_temperature) == (Sampling(0.7, 5), 0.3)
     with pytest.raises(S1Error, match="--max-thinking: found 384, wanted at most"):
         wanted(tiny_tokenizer, budget, S1, Wish(max_thinking=384), prompt, 200)

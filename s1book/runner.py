@@ -666,6 +666,7 @@ class Course:
     say: Callable[..., Any]  # where progress lines go
     at_work: list[AtWork] = field(default_factory=list)  # what is being executed
     told: dict[str, str] = field(default_factory=dict)  # chapter -> its last progress line
+    reasons: dict[Chapter, tuple[str, Stamp]] = field(default_factory=dict)  # of those looked at
     failed: S1Error | None = None  # the first error
 
     def __post_init__(self):
@@ -701,9 +702,10 @@ def _fill(
 ) -> None:
     "Pass over what is up to date, and start what can start."
     while ready := _ready(course):
-        earlier = {c: upstream_of(course.run, course.needed[c.name]) for c in ready}
-        reasons = {c: prepare(course.run, c, earlier[c], course.force) for c in ready}
-        current = [c for c in ready if not reasons[c][0]]
+        for chapter in (c for c in ready if c not in course.reasons):  # hashing a model takes time
+            earlier = upstream_of(course.run, course.needed[chapter.name])
+            course.reasons[chapter] = prepare(course.run, chapter, earlier, course.force)
+        current = [c for c in ready if not course.reasons[c][0]]
         for chapter in current:
             course.waiting.remove(chapter)
             course.tell(chapter, "up to date")
@@ -711,7 +713,7 @@ def _fill(
             return
         if not current:
             lanes = min(jobs, len(course.at_work) + len(ready))
-            _start(course, ready[0], *reasons[ready[0]], lanes)
+            _start(course, ready[0], *course.reasons[ready[0]], lanes)
 
 # %% ../nbs/runner.ipynb #a1c0de06
 def _start(

@@ -8,6 +8,7 @@ __all__ = ['Desk', 'Busy', 'EngineLost', 'Ticket', 'while_wanted', 'Live', 'work
 
 # %% ../nbs/20_serve.ipynb #5e7e0003
 import asyncio
+import importlib.util
 import queue
 import socket
 import threading
@@ -230,6 +231,9 @@ def make_app(
     service: Service,  # a model at work
 ) -> "FastAPI":
     "The HTTP side of a service; errors become sentences."
+    if missing := [n for n in ("fastapi", "uvicorn") if importlib.util.find_spec(n) is None]:
+        raise S1Error(f"Serving: found no package {missing[0]}, wanted those of the extra serve: "
+                      "pip install -e '.[serve]'.")
     from fastapi import FastAPI
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse

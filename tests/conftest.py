@@ -11,6 +11,16 @@ from hypothesis import settings
 settings.register_profile("s1book", deadline=None)  # a busy machine is no failure
 settings.load_profile("s1book")
 
+
+@pytest.fixture(autouse=True)
+def own_folders():
+    """A command that a test calls names its run's folder in the environment: no later test may see it."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("S1BOOK_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("S1BOOK_")]:
+        del os.environ[name]
+    os.environ.update(before)
+
 # The part of Qwen2.5's chat template that matters here: default system prompt, turns, generation.
 QWEN_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n"

@@ -17,7 +17,7 @@ from s1book.config import Run, S1Error, read_jsonl
 from s1book.runner import (
     Chapter, ChapterFailed, Stamp, adopt_outputs, all_needs, badge, clean_output, cores, digest,
     digest_path, environment, expected_seconds, find_chapter, find_chapters, imported_modules, inputs, load_stamp, locked, needs,
-    package_digest, read_notebook, readme, refresh_badges, run_course, with_badge, with_outputs,
+    package_digest, prepare, read_notebook, readme, refresh_badges, run_course, with_badge, with_outputs,
 )
 from bad_server import BadServer
 from small_course import write_chapter
@@ -241,8 +241,9 @@ def test_a_chapter_waits_for_those_whose_work_it_reads_and_for_no_other(course):
     write_chapter(course.root, "03_leaks", "if False:\n    run.read('pool.parquet')\n" + read)
     assert course(jobs=2).count("done in") == 4
     assert (course.dir / "leaks.jsonl").read_text() == "PAR1 x PAR1"
-    place = [course.said.index(f"{name:<18} done in") for name in ("02_pool", "03_leaks")]
-    assert place == sorted(place)
+    place = [course.said.index(f"{name:<18} {what}") for name, what in (
+        ("01_second", "new"), ("02_pool", "done in"), ("03_leaks", "new"), ("01_second", "done in"))]
+    assert place == sorted(place) and place[1] < course.said.index(f"{'03_leaks':<18} done in")
 
 
 def test_what_a_chapter_needs_is_read_from_its_code():
@@ -271,6 +272,15 @@ def test_reading_what_no_cell_names_is_refused(course):
     with pytest.raises(S1Error, match=r"03_leaks read pool.parquet, which chapter 02 makes, but no cell"):
         course()
     assert "03_leaks           failed" in course.said
+
+
+def test_each_chapter_is_looked_at_once(course, monkeypatch):
+    """Looking means hashing what it reads, and a large model is read by many chapters."""
+    looked = []
+    monkeypatch.setattr("s1book.runner.prepare", lambda *a: looked.append(a[1].name) or prepare(*a))
+    for name in ("00_first", "01_second", "02_third"):
+        write_chapter(course.root, name, "1")
+    assert course().count("done in") == 3 and sorted(looked) == ["00_first", "01_second", "02_third"]
 
 
 def test_when_one_fails_the_other_goes_on_to_its_end_and_nothing_new_begins(course):

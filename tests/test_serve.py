@@ -280,6 +280,12 @@ def test_a_client_that_leaves_frees_the_server(service, url):
         time.sleep(0.05)
 
 
+def test_a_missing_package_is_a_sentence(service, monkeypatch):
+    monkeypatch.setattr("s1book.serve.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(S1Error, match="found no package fastapi, wanted those of the extra serve"):
+        make_app(service)
+
+
 def test_a_taken_port_is_a_sentence(service):
     with listening(make_app(service)) as address:
         port = int(address.split(":")[-1].split("/")[0])

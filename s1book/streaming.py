@@ -6,7 +6,9 @@
 __all__ = ['Writer', 'last_pieces']
 
 # %% ../nbs/streaming.ipynb #57ea0003
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from .budget import Force, Forced, whole_answer
@@ -28,14 +30,25 @@ class Writer:
         from tokenizers.decoders import DecodeStream
 
         self.lag = max(map(len, self.force.long_ends), default=1)
-        self.given = {"reasoning_content": "", "content": ""}
+        self.given = {"reasoning_content": "", "closing": "", "content": ""}
         self.streams = {kind: DecodeStream(skip_special_tokens=False) for kind in self.given}
+
+    def give(self, kind: str, ids: Iterable[int], **more: bool) -> list[dict]:
+        "A piece of text, or none while a character is not finished."
+        steps = (self.streams[kind].step(self.tokenizer.backend_tokenizer, i) for i in ids)
+        text = "".join(step or "" for step in steps)
+        self.given[kind] += text
+        return [{kind: text} | more] if text else []
 
     def __call__(self, tokens: Any) -> list[dict]:
         "Take a report of the engine; pieces that will not change any more."
         self.row[tokens.at:] = [(i, tokens.phase) for i in tokens.ids]
+        return self.advance(self.lag)
+
+    def advance(self, lag: int) -> list[dict]:
+        "Look at every token but the last few."
         pieces = []
-        while self.at < len(self.row) - self.lag:
+        while self.at < len(self.row) - lag:
             later = next((p for _, p in self.row[self.at:] if p != "forced"), None)
             if later is None:
                 break  # nobody knows yet what the forced piece belongs to
@@ -50,27 +63,37 @@ def _look(
     phase: str,  # its phase
     later: str,  # the phase of the next token that the model writes
 ) -> list[dict]:
-    "One token as a piece of text; the prompt, and what closes the thinking, give none."
-    if later not in ("thinking", "answer") or (phase, later) == ("forced", "answer"):
+    "One token as a piece of text; what opens the answer is told with its first token."
+    if phase == "answer":
+        first = writer.row[writer.at - 1][1] != "answer"
+        return (_opening(writer) if first else []) + writer.give("content", [token])
+    if "thinking" not in (phase, later):
         return []
-    kind, ids = "reasoning_content" if later == "thinking" else "content", [token]
-    if later == "answer" and not writer.given[kind]:  # our 'Final Answer:' is part of the answer
-        before = [i for i, p in writer.row[:writer.at] if p in ("forced", "prompt")]
-        final = list(writer.force.final_answer)
-        ids = (final if final and before[-len(final):] == final else []) + ids
-    steps = (writer.streams[kind].step(writer.tokenizer.backend_tokenizer, i) for i in ids)
-    text = "".join(step or "" for step in steps)
-    writer.given[kind] += text
-    return [{kind: text} | ({"forced": True} if phase == "forced" else {})] if text else []
+    return writer.give("reasoning_content", [token], **({"forced": True} if phase == "forced" else {}))
+
+
+def _opening(
+    writer: Writer,  # at the first token of the answer
+) -> list[dict]:
+    "What we wrote before an answer; our 'Final Answer:' is a part of it, a mark is not."
+    before, final = writer.row[:writer.at], list(writer.force.final_answer)
+    ours = [i for i, _ in takewhile(lambda each: each[1] == "forced", reversed(before))][::-1]
+    said = bool(final) and [i for i, _ in before[-len(final):]] == final
+    mark = ours[:len(ours) - len(final)] if said else ours
+    return writer.give("closing", mark, forced=True) + (
+        writer.give("content", final, forced=True) if said else [])
 
 
 def last_pieces(
     writer: Writer,  # after everything that the engine reported
     result: Forced,  # what came of it
 ) -> list[dict]:
-    "What was held back."
-    decode = writer.tokenizer.decode
+    "What was held back: nothing changes any more."
+    pieces, decode = writer.advance(lag=0), writer.tokenizer.decode
+    if result.closing and not result.answer_ids:
+        writer.at = len(writer.row)
+        pieces += _opening(writer)
     whole = {"reasoning_content": decode(result.trace.ids),
              "content": decode(whole_answer(writer.force, result))}
-    return [{kind: text[len(writer.given[kind]):]} for kind, text in whole.items()
-            if len(text) > len(writer.given[kind])]
+    return pieces + [{kind: text[len(writer.given[kind]):]} for kind, text in whole.items()
+                     if len(text) > len(writer.given[kind])]

@@ -163,7 +163,8 @@ async def chunks(
         async for happened in events:
             over = isinstance(happened, Forced)
             for piece in last_pieces(writer, happened) if over else writer(happened):
-                yield event(piece)
+                if "closing" not in piece:  # the mark between thinking and answer is no text
+                    yield event(piece)
             if over:
                 reason = "stop" if happened.answer_ended else "length"
                 yield event({}, reason, **bill(prompt, happened))

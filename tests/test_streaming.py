@@ -66,6 +66,8 @@ def test_pieces_add_up_and_are_never_taken_back(rounds, waits, most, long_mark):
     said = {kind: "".join(p.get(kind, "") for p in pieces) for kind in ("reasoning_content", "content")}
     assert said["reasoning_content"] == BYTES.decode(result.trace.ids)
     assert said["content"] == BYTES.decode(whole_answer(force, result))
+    ours = "".join(p.get("closing", "") + p.get("content", "") * p.get("forced", False) for p in pieces)
+    assert ours == BYTES.decode(result.closing)[0 if most else len(force.open_answer):]   # at 0 the prompt opens it
     assert not any("\ufffd" in p.get("reasoning_content", "") for p in pieces[:-2])
 
 
@@ -85,5 +87,5 @@ def test_forced_words_are_marked_and_come_before_the_end():
     streamed = len(pieces)
     pieces += last_pieces(writer, result)
     assert streamed > 10 and len(pieces) - streamed <= 2
-    assert "".join(p["reasoning_content"] for p in pieces if p.get("forced")).count("Wait") == result.trace.waits == 2
+    assert "".join(p.get("reasoning_content", "") for p in pieces if p.get("forced")).count("Wait") == result.trace.waits == 2
     assert "".join(p.get("content", "") for p in pieces) == tokenizer.decode(whole_answer(force, result))

@@ -37,8 +37,9 @@ def ask_answer(prompt_ids: list[int], force: Force, trace: Trace) -> Continuatio
     sampling = seeded(force.sampling, "answer")
     if force.answer_temperature is not None:
         sampling = replace(sampling, temperature=force.answer_temperature)
-    return Continuation(prompt_ids + trace.ids + list(closing(force, trace)), force.max_answer,
-                        force.answer_stops, sampling, phase="answer")
+    ours = list(closing(force, trace))
+    return Continuation(prompt_ids + trace.ids + ours, force.max_answer, force.answer_stops,
+                        sampling, phase="answer", ours=len(ours))
 
 
 def answered(force: Force, trace: Trace, reply: Continued) -> Forced:
@@ -64,8 +65,8 @@ def budget_force(
     prompt = prompt_ids if rules.line_breaks else unbroken(force, prompt_ids)
     while left > 0:
         waits, thought = len(parts) // 2, [i for part in parts for i in part]
-        reply = yield from segment(prompt + thought, force, left,
-                                   least(force, waits, len(thought)), waits)
+        reply = yield from segment(prompt + thought, force, left, least(force, waits, len(thought)),
+                                   waits, ours=len(parts[-1]) if parts else 0)
         parts.append(tuple(reply.new_ids))
         ended, wait = reply.stop_id is not None, force.wait(waits)
         left -= rules.shared * (len(reply.new_ids) + rules.counts_end * ended)

@@ -48,6 +48,7 @@ class Continuation:
     sampling: Sampling = Sampling()  # how to choose
     min_new_tokens: int = 0  # so many tokens must come before a stop id may
     phase: str = ""  # what it is for, told to whoever watches: "thinking", "answer"
+    ours: int = 0  # so many of the last ids the strategy wrote, told to whoever watches
 
     def __post_init__(self):
         "Refuse what has no meaning, before any model runs."

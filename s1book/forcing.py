@@ -216,18 +216,20 @@ def segment(
     limit: int,  # tokens
     least: int,  # no end before so many tokens
     name: int | str,  # for its random numbers
+    ours: int = 0,  # so many of the last ids we wrote
 ) -> Generator[list[Continuation], list[Continued], Continued]:
     "Let the model think until it ends by itself, or the limit does."
     if not force.long_ends:
         sampling = seeded(force.sampling, name)
-        [reply] = yield [Continuation(ids, limit, force.stop_ids, sampling, least, "thinking")]
+        [reply] = yield [Continuation(ids, limit, force.stop_ids, sampling, least, "thinking", ours)]
         return reply
     new, firsts = [], force.stop_ids | {mark[0] for mark in force.long_ends}
     lasts, beyond = {mark[-1] for mark in force.long_ends}, max(map(len, force.long_ends)) - 1
     while len(new) < limit + beyond:
         sampling, left = seeded(force.sampling, f"{name}.{len(new)}"), limit + beyond - len(new)
         [reply] = yield [Continuation(
-            ids + new, left, force.stop_ids | lasts, sampling, phase="thinking")]
+            ids + new, left, force.stop_ids | lasts, sampling, phase="thinking",
+            ours=0 if new else ours)]
         new += reply.new_ids + [reply.stop_id] * (reply.stop_id is not None)
         end = end_of(new, force) if reply.stop_id is not None else 0
         while end and len(new) - end < least:  # what takes its place may complete another mark

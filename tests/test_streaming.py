@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -31,12 +31,14 @@ BYTES = byte_tokenizer()
 
 @settings(max_examples=60)
 @given(st.lists(st.text("aé漢🙂 \n", max_size=6), min_size=3, max_size=3), st.integers(0, 2), st.integers(0, 40),
-       st.booleans())
-def test_pieces_add_up_and_are_never_taken_back(rounds, waits, most, long_mark):
+       st.booleans(), st.sampled_from(["\n=", "</t>="]))
+@example(["a\n", "", ""], 0, 1, True, "\n=")   # the line break that was cut off, and ours
+@example(["a", "", ""], 0, 30, True, "</t>=")    # the mark that the model wrote, and ours
+def test_pieces_add_up_and_are_never_taken_back(rounds, waits, most, long_mark, opening):
     code = lambda text: list(BYTES(text, add_special_tokens=False).input_ids)
     stop, end, mark = code("#")[0], code("$")[0], tuple(code("</t>"))
     force = Force(stop_ids=frozenset() if long_mark else frozenset({stop}), answer_stops=frozenset({end}),
-                  long_ends=(mark,) if long_mark else (), open_answer=tuple(code("\n=")),
+                  long_ends=(mark,) if long_mark else (), open_answer=tuple(code(opening)),
                   final_answer=tuple(code("Final: ")), newline=tuple(code("\n")), line_ends=frozenset(code("\n")),
                   max_thinking=most, max_answer=9, ignore_end=waits, wait_ids=tuple(code("Wait")))
     close_by = list(mark) if long_mark else [stop]

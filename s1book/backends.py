@@ -122,7 +122,7 @@ def announce(
         old, ids = [], job.ask.ids
         if job.place < len(before):
             old = before[job.place].ask.ids + replies[job.place].new_ids
-        at = min(shared(old, ids), len(ids) - job.ask.ours)  # what we write may look like the model's
+        at = min(shared(old, ids), len(ids) - job.ask.ours)  # ours may look like the model's
         if at < max(len(old), len(ids)):
             phase = "forced" if before else "prompt"
             watch.on_tokens(Tokens(job.strategy, job.place, at, ids[at:], phase))

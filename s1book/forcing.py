@@ -221,7 +221,8 @@ def segment(
     "Let the model think until it ends by itself, or the limit does."
     if not force.long_ends:
         sampling = seeded(force.sampling, name)
-        [reply] = yield [Continuation(ids, limit, force.stop_ids, sampling, least, "thinking", ours)]
+        [reply] = yield [Continuation(ids, limit, force.stop_ids, sampling, least, "thinking",
+                                      ours)]
         return reply
     new, firsts = [], force.stop_ids | {mark[0] for mark in force.long_ends}
     lasts, beyond = {mark[-1] for mark in force.long_ends}, max(map(len, force.long_ends)) - 1

@@ -43,20 +43,23 @@ class Writer:
     def __call__(self, tokens: Any) -> list[dict]:
         "Take a report of the engine; pieces that will not change any more."
         self.row[tokens.at:] = [(i, tokens.phase) for i in tokens.ids]
-        return self.advance(self.lag)
-
-    def advance(self, lag: int) -> list[dict]:
-        "Look at every token but the last few."
-        pieces = []
-        while self.at < len(self.row) - lag:
-            later = next((p for _, p in self.row[self.at:] if p != "forced"), None)
-            if later is None:
-                break  # nobody knows yet what the forced piece belongs to
-            pieces += _look(self, *self.row[self.at], later)
-            self.at += 1
-        return pieces
+        return _advance(self, self.lag)
 
 # %% ../nbs/streaming.ipynb #57ea0006
+def _advance(
+    writer: Writer,
+    lag: int,  # tokens at the end that may still change
+) -> list[dict]:
+    "Look at every token but the last few."
+    pieces, later = [], ""
+    while writer.at < len(writer.row) - lag and later is not None:
+        later = next((p for _, p in writer.row[writer.at:] if p != "forced"), None)
+        if later is not None:  # else nobody knows yet what the forced piece belongs to
+            pieces += _look(writer, *writer.row[writer.at], later)
+            writer.at += 1
+    return pieces
+
+
 def _look(
     writer: Writer,
     token: int,  # id
@@ -69,9 +72,10 @@ def _look(
         return (_opening(writer) if first else []) + writer.give("content", [token])
     if "thinking" not in (phase, later):
         return []
-    return writer.give("reasoning_content", [token], **({"forced": True} if phase == "forced" else {}))
+    mark = {"forced": True} if phase == "forced" else {}
+    return writer.give("reasoning_content", [token], **mark)
 
-
+# %% ../nbs/streaming.ipynb #57ea0a02
 def _opening(
     writer: Writer,  # at the first token of the answer
 ) -> list[dict]:
@@ -83,13 +87,13 @@ def _opening(
     return writer.give("closing", mark, forced=True) + (
         writer.give("content", final, forced=True) if said else [])
 
-
+# %% ../nbs/streaming.ipynb #57ea0a01
 def last_pieces(
     writer: Writer,  # after everything that the engine reported
     result: Forced,  # what came of it
 ) -> list[dict]:
     "What was held back: nothing changes any more."
-    pieces, decode = writer.advance(lag=0), writer.tokenizer.decode
+    pieces, decode = _advance(writer, lag=0), writer.tokenizer.decode
     if result.closing and not result.answer_ids:
         writer.at = len(writer.row)
         pieces += _opening(writer)

@@ -1,7 +1,6 @@
 """Modes against slow twins, marks of several tokens, minima, strings in turn, whole characters."""
 
 import codecs
-import random
 from dataclasses import replace
 
 import pytest
@@ -26,6 +25,7 @@ from s1book.config import load_preset
 from s1book.engine import Sampling, ScriptedEngine, TransformersEngine
 from s1book.forcing import spellings, token_bytes, whole_characters
 from s1book.format import Delimiters
+from test_budget import dice  # its ids of marks and line break are those below
 from test_engine import sharp_model
 
 # A small language whose texts can be cut into tokens in one way only: "." stands never alone.
@@ -70,17 +70,6 @@ def encode(text):
         ids.append(found)
         text = text[len(TEXTS[found]) :]
     return ids
-
-
-def dice(seed, stop=0.15):
-    """A model: any ids lead to a fixed, random-looking ranking; sometimes a stop comes first."""
-
-    def next_ids(ids):
-        rng = random.Random(hash((seed, *ids)))
-        ranked = rng.sample([NEWLINE, 7, 8, 9, 10, 11], 6)
-        return [rng.choice([START, END]), *ranked] if rng.random() < stop else ranked
-
-    return next_ids
 
 
 # ---------------------------------------------------------------- slow twins of the reference

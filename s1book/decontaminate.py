@@ -214,9 +214,10 @@ def evidence(
     shared: set[tuple],  # the runs that both have
     n: int,  # words in a run
     method: str,  # decides what a word is
+    most: int | None = None,  # only so many words at the beginning: an item's stem
 ) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:  # n-grams, and their places
     "The stretches of shared runs in a text."
-    words, places = WORDS[method](text), word_spans(text, method)
+    words, places = WORDS[method](text)[:most], word_spans(text, method)
     parts = stretches(covered(words, shared, n))
     return (tuple(" ".join(words[first:last + 1]) for first, last in parts),
             tuple((places[first][0], places[last][1]) for first, last in parts))
@@ -237,7 +238,7 @@ def find_leak(
     item, n, method = index.rows[best], index.lengths[best], index.method
     common = shared[n] & set(runs(index.words[best], n))
     ngrams, spans = evidence(row["question"], common, n, method)
-    _, item_spans = evidence(item["question"], common, n, method)
+    _, item_spans = evidence(item["question"], common, n, method, len(index.words[best]))
     items = sum(part >= index.threshold for part in share.values())
     return Leak(row["question_hash"], method, item["benchmark"], item["id"],
                 round(share[best], 4), n, items, ngrams, spans, item_spans)

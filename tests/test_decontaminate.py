@@ -8,7 +8,7 @@ import unicodedata
 from collections import defaultdict
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from s1book.config import S1Error, load_preset
 from s1book.decontaminate import (
@@ -357,6 +357,8 @@ def test_the_presets_keep_the_innocents_and_s1_does_not():
 
 # --- evidence ---
 
+@example(["a"], ["a A) a B) b C) c"], 1, "s1book")   # the options repeat the stem
+@example(["a b"], ["a b A) a b B) b C) c"], 2, "s1book")
 @given(TEXTS, ITEMS, st.integers(1, 5), st.sampled_from(METHODS))
 def test_every_verdict_carries_evidence_that_holds(pool, benchmark, n, method):
     named = rows(benchmark)

@@ -212,8 +212,8 @@ def load_preset(
 
 # %% ../nbs/00_presets.ipynb #febcee54
 MAKERS = {  # artefact -> the chapter that writes it
-    "base": "01", "small": "01", "base_log.csv": "01", "base_skill.csv": "01", "benchmarks": "01",
-    "pool.parquet": "02", "pool_ledger.csv": "02", "near_duplicates.csv": "02",
+    "base": "01", "small": "01", "base_log.csv": "01", "base_skill.csv": "01",
+    "benchmarks": "02", "pool.parquet": "02", "pool_ledger.csv": "02", "near_duplicates.csv": "02",
     "decontaminated.parquet": "03", "leaks.jsonl": "03", "traces.jsonl": "04",
     "grades.jsonl": "05", "audit.jsonl": "05", "features.parquet": "06",
     "s1k": "07", "funnel.csv": "07",

@@ -696,11 +696,21 @@ def _ready(
     return [c for c in course.waiting if not busy & {n.name for n in course.needed[c.name]}]
 
 
+def _urgency(
+    course: Course,
+    chapter: Chapter,  # which
+) -> float:  # seconds
+    "How long the longest chain of chapters takes that begins with this one, as far as is known."
+    after = (c for c in course.waiting if chapter in course.needed[c.name])
+    rest = max((_urgency(course, c) for c in after), default=0.0)
+    return course.expected.get(chapter.name, 0.0) + rest
+
+
 def _fill(
     course: Course,
     jobs: int,  # how many chapters may run at the same time
 ) -> None:
-    "Pass over what is up to date, and start what can start."
+    "Pass over what is up to date, and start what can start; of several the one others wait for."
     while ready := _ready(course):
         for chapter in (c for c in ready if c not in course.reasons):  # hashing a model takes time
             earlier = upstream_of(course.run, course.needed[chapter.name])
@@ -713,7 +723,8 @@ def _fill(
             return
         if not current:
             lanes = min(jobs, len(course.at_work) + len(ready))
-            _start(course, ready[0], *course.reasons[ready[0]], lanes)
+            first = max(ready, key=lambda c: _urgency(course, c)) if jobs > 1 else ready[0]
+            _start(course, first, *course.reasons[first], lanes)
 
 # %% ../nbs/runner.ipynb #a1c0de06
 def _start(

@@ -7,7 +7,6 @@ __all__ = ['BENCHMARK_SEED', 'HARD', 'WEIGHTS', 'SLIPS', 'ENOUGH', 'benchmarks',
            'plain_prompt', 'plain_answer', 'line_skill']
 
 # %% ../nbs/01_tiny_world.ipynb #62af229d
-import json
 import random
 import re
 from dataclasses import replace

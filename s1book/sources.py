@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import S1_SOURCES, Pool, item_seed, show_path
+from .config import S1_SOURCES, Pool, S1Error, item_seed, show_path
 from .pool import Source, question_hash, tiny_source
 
 # %% ../nbs/sources.ipynb #a2a1aea3
@@ -167,16 +167,21 @@ class Entry:
     against: Part | None = None  # a dataset that decides about rows of this one
     question: str = "question"  # the column that is looked up in it
     unsure: str = ""  # what could not be verified without the hub
+    somewhere: tuple[str, ...] = ()  # columns that not every part has, but one must
 
     def raw_rows(self, store: Store) -> Iterator[dict]:
         "The rows of all parts, each with the configuration it came from."
-        known = set()
+        known, lacking = set(), set(self.somewhere)
         if self.against:
             known = {row[self.question] for row in load_rows(self.against, store)}
         for part in self.parts:
             for raw in load_rows(part, store):
                 listed = {"listed": raw.get(self.question) in known} if self.against else {}
+                lacking -= raw.keys()
                 yield {**raw, "part": part.config or part.files or part.split, **listed}
+        if lacking:
+            raise S1Error(f"source {self.name}: column {', '.join(sorted(lacking))} is missing in "
+                          "all of its parts. Has the dataset changed?")
 
     def source(self, store: Store, rules: str) -> Source:
         "This entry as a source that chapter 02 can collect."
@@ -231,7 +236,7 @@ MATHS = (
           against=Part("simplescaling/numinamath_500"), question="problem",
           unsure="numinamath_500 was not seen; the loader reads its column problem"),
     Entry("Omni-MATH", "OmniMath", (Part("KbsdJames/Omni-MATH", "test"),),
-          ("problem", "solution"), omni_row),
+          ("problem", "solution"), omni_row, somewhere=("answer", "domain")),
     Entry("AIME", "AIME 1983-2021", (Part("qq8933/AIME_1983_2024"),),
           ("Year", "Question", "Answer"), aime_row,
           unsure="whether the file still holds 933 rows"),
@@ -351,19 +356,20 @@ SCIENCE = (
           tuple(Part("GAIR/OlympicArena", split, name) for split in ("test", "val")
                 for name in ARENA),
           ("problem", "subject", "language", "modality"), arena_row,
-          unsure="whether the test split has a column solution"),
+          unsure="whether the test split has a column solution", somewhere=("answer", "solution")),
     Entry("SciEval", "SciEval", tuple(Part("OpenDFM/SciEval", s) for s in ("test", "validation")),
           ("question", "answer", "category", "type", "task_name", "topic"), scieval_row,
           choose_scieval, unsure="whether the repository loads without a script"),
     Entry("OlympiadBench", "OlympiadBench",
           tuple(Part("Hothan/OlympiadBench", "train", name) for name in BENCH),
-          ("question", "solution", "context", "question_type", "subject"), bench_row),
+          ("question", "solution", "context", "question_type", "subject"), bench_row,
+          somewhere=("final_answer", "subfield")),
     Entry("JEEBench", "JEEBench", (Part("daman1209arora/jeebench", "test"),),
           ("subject", "question", "gold"), jee_row),
     Entry("GPQA", "GPQA", (Part("Idavidrein/gpqa", "train", "gpqa_extended"),),
           ("Question", "Explanation", "High-level domain", *CHOICES), gpqa_row, choose_gpqa,
           against=Part("Idavidrein/gpqa", "train", "gpqa_diamond"), question="Question",
-          unsure="gated: accept its terms on the hub first"),
+          unsure="gated: accept its terms on the hub first", somewhere=("Subdomain",)),
 )
 
 # %% ../nbs/sources.ipynb #017fc8de
@@ -434,7 +440,8 @@ OTHERS = (
           tuple(Part("baber/agieval", split, name, f"{name}/{split}/*.parquet",
                      "refs/convert/parquet") for name in READING for split in ("test", "few_shot")),
           ("question", "solution"), agieval_row,
-          unsure="the hub's Parquet copies, and the columns passage, options, label and level"),
+          unsure="the hub's Parquet copies, and the columns passage, options, label and level",
+          somewhere=("label", "level", "options", "passage")),
     Entry("StatsQual", "s1-prob", (Part("simplescaling/s1-prob"),), ("question", "solution"),
           statistics_row),
     Entry("XWord", "xword", (Part("0xharib/xword1"),), ("input", "output"), xword_row,

@@ -185,6 +185,17 @@ def test_s1_sequential_compares_sources_and_not_questions_of_one_source():
     assert not decontaminate([first, second], nothing, "s1")
 
 
+def test_the_releases_of_livecodebench_are_one_source_and_aime_is_added_unseen():
+    """data/collect_data.py reads three releases as one source; data/add_aime.py compares with nothing."""
+    text = "one two three four five six seven eight"
+    nothing, first = rows(["unrelated"]), pool_row(text, "1", "LiveCodeBench/release_v1")
+    assert not decontaminate([first, pool_row(text, "2", "LiveCodeBench/release_v3")], nothing, "s1-sequential")
+    aime = pool_row(text, "2", "qq8933/AIME_1983_2024")
+    for order in ([first, aime], [aime, first]):
+        assert not decontaminate(order, nothing, "s1-sequential") and not decontaminate(order, rows([text + " x"]), "s1-sequential")[1:]
+    assert [leak.question_hash for leak in decontaminate([aime], rows([text]), "s1")] == ["2"]
+
+
 def test_a_flagged_question_does_not_flag_others():
     """The reference appends only what survived."""
     bench = rows(["a b c d e f g h"])
@@ -193,7 +204,7 @@ def test_a_flagged_question_does_not_flag_others():
 
 
 @pytest.mark.parametrize("source, name", [("qfq/openaimath/Algebra", "qfq/openaimath"), ("a/b", "a/b"), ("a", "a"),
-                                          (None, "unknown")])
+                                          (None, "unknown"), ("LiveCodeBench/release_v2", "LiveCodeBench")])
 def test_sources_are_owner_and_data_set(source, name):
     assert source_of({"source_type": source}) == name
 

@@ -29,6 +29,7 @@ from s1book.evaluate import (
     verdict,
 )
 from s1book.format import FormatError, load_tokenizer
+from s1book.pool import Collected, write_account
 from s1book.runcard import judged_twice, measured_card
 
 SMALL = ["budget.maxima=[0, 3, 6]", "budget.waits=[0, 1, 2]", "budget.max_thinking_tokens=24",
@@ -253,6 +254,13 @@ def test_run_card(folder):
     assert card["prompt"]["text"].count("{question}") == 1 and "<|im_start|>think" in card["prompt"]["text"]
     assert card["engine"]["slots"] == 4 and card["engine"]["dtype"] == "float32"
     assert str(folder) not in text and str(Path.home()) not in text
+
+
+def test_the_run_card_names_the_sources_that_the_pool_goes_without(folder):
+    found = Collected([], [{"source": name, "refused": said} for name, said in (("a", ""), ("b", "source b: gone"))], [])
+    write_account(found, folder / "pool_ledger.csv", folder / "near_duplicates.csv")
+    evaluate(Run.open("tiny", SMALL))
+    assert json.loads((folder / "run_card.json").read_text())["sources_left_out"] == ["source b: gone"]
 
 
 def test_a_benchmark_with_a_fault_is_refused():

@@ -70,6 +70,15 @@ def test_a_judge_grades_over_the_wire_and_is_never_asked_twice(tmp_path):
         assert "## Problem" in body["messages"][1]["content"] and "## Correct answer" in body["messages"][1]["content"]
 
 
+def test_whoever_watches_sees_how_far_the_judge_is_and_what_was_spent(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("s1book.judge.live_line", lambda: lines.append)
+    prices = ["judge.server.usd_in=1.0", "judge.server.usd_out=10.0", "judge.server.usd_cap=1.0"]
+    with Talker(honest) as server:
+        verdicts(20, server, tmp_path / "c.jsonl", *prices)
+    assert "20 asked, 0 failed, 0.02 US dollars" in lines and lines[-1].startswith("4 asked"), lines
+
+
 def test_troubles_on_the_line_change_no_verdict(tmp_path):
     odds = {"500": 0.1, "html": 0.1, "drop": 0.1, "half": 0.1}
     with Talker(honest, odds, seed=3) as server:

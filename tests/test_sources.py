@@ -6,13 +6,13 @@ import re
 
 import pytest
 from datasets import Dataset
-from small_hub import arena, build, files, gpqa, live, scieval, write_rows
+from small_hub import ARENA, READING, agieval, arena, build, files, gpqa, live, scieval, write_rows
 
 from s1book.config import S1_SOURCES, S1Error, load_preset, project_root
 from s1book.pool import collect, near_duplicates, question_hash, read_source
 from s1book.sources import (
     CHOICES, SIXTEEN, Part, Store, choose_scieval, common, dataset_source, from_s1k, in_turns, last_box, load_call,
-    load_rows, shuffled, sources_for,
+    load_rows, shuffled, sources_for, spread_like_s1,
 )
 
 PUBLISHED = {"question": "What is 1 plus 1?", "solution": "2", "source_type": "made/up", "cot_type": "math",
@@ -39,6 +39,23 @@ WANTED = {
     "Quant": (1, 1, ("Made-up coins?", "11", "11", "simplescaling/s1-teasers", "math", None)),
     "LiveCodeBench": (6, 3, ("Write made-up program 2hard.", None, None, "LiveCodeBench/release_v2", "coding", None)),
     "AIME": (5, 2, ("In 2021, how many made-up paths?", "21", "21", "qq8933/AIME_1983_2024", "math", None)),
+}
+
+
+SCIEVAL = "OpenDFM/SciEval/Biology/multiple-choice/"
+KINDS = {  # cot_type -> source types, as data/collect_data.py writes them
+    "math": "simplescaling/openaimath/Algebra GAIR/OlympicArena/Math TIGER-Lab/TheoremQA/bool AI-MO/NuminaMath-CoT/aops_forum "
+            "AI-MO/NuminaMath-CoT/cn_k12 KbsdJames/Omni-MATH daman1209arora/jeebench/math daman1209arora/jeebench/phy "
+            "Hothan/OlympiadBench/Open-ended/Math Hothan/OlympiadBench/Open-ended/Physics simplescaling/s1-prob "
+            "Hothan/OlympiadBench/Theorem_proof/Math Hothan/OlympiadBench/Theorem_proof/Physics "
+            "baber/agieval/sat_math baber/agieval/logiqa baber/agieval/aqua_rat baber/agieval/math_agieval "
+            "simplescaling/s1-teasers qq8933/AIME_1983_2024",
+    "english": "baber/agieval/sat_en baber/agieval/lsat_ar baber/agieval/lsat_lr baber/agieval/lsat_rc",
+    "coding": "GAIR/OlympicArena/CS codegenning/usacobench_formatted " + " ".join(f"LiveCodeBench/release_v{i}" for i in (1, 2, 3)),
+    "science": " ".join(f"GAIR/OlympicArena/{s}" for s in ("Physics", "Chemistry", "Biology", "Geography", "Astronomy"))
+               + f" {SCIEVAL}SocraticQA {SCIEVAL}reagent_selection daman1209arora/jeebench/chem Idavidrein/gpqa",
+    "health science": f"{SCIEVAL}MedQA {SCIEVAL}PubMedQA",
+    "crossword": "0xharib/xword1",
 }
 
 
@@ -87,6 +104,43 @@ def test_every_column_that_a_source_needs_is_missed_by_name(hub, name):
         other = type(source)(source.name, lambda c=changed: c, source.columns, source.to_row, source.choose)
         with pytest.raises(S1Error, match=f"source {name}: column {re.escape(lost)} is missing"):
             read_source(other)
+
+
+@pytest.mark.parametrize("name, lost", [(name, lost) for name, entry in SIXTEEN.items() for lost in entry.somewhere])
+def test_a_column_that_no_part_has_any_more_is_missed_by_name(tmp_path, name, lost):
+    for file, rows in files().items():
+        write_rows(tmp_path / file, [{("new_" + k if k == lost else k): v for k, v in row.items()} for row in rows])
+    with pytest.raises(S1Error, match=f"source {name}: (column {lost} is missing in all|cannot be read; .* KeyError: '{lost}')"):
+        read_source(one(tmp_path, name))
+
+
+@pytest.mark.parametrize("rules", ["s1book", "s1"])
+def test_every_kind_of_question_has_the_kind_of_reasoning_that_the_script_gives_it(hub, rules):
+    rows = [row for name in S1_SOURCES for row in read_source(one(hub, name, f"pool.rules={rules}"))[0]]
+    found = {(row["source_type"].replace(" ", "_"), row["cot_type"]) for row in rows}
+    assert found == {(name, kind) for kind, names in KINDS.items() for name in names.split()}
+    assert all(row["question"].startswith("Solve the crossword puzzle.") == (row["cot_type"] == "crossword") for row in rows)
+
+
+@pytest.mark.parametrize("rules", ["s1book", "s1"])
+def test_parts_are_read_in_the_order_of_the_script(hub, rules):
+    """Olympiads split by split, reading configuration by configuration: equal questions are credited to the first."""
+    arena, reading = (read_source(one(hub, name, f"pool.rules={rules}"))[0] for name in ("OlympicArena", "AGIEval"))
+    assert [row["question"].split(":")[0] for row in arena] == [f"{subject} {split}" for split in ("test", "val") for subject in ARENA]
+    splits = [re.search(r"(?<!\w)(test|few_shot)\b", row["question"])[0] for row in reading]
+    assert splits == ["test", "few_shot"] * len(READING) and reading[0]["source_type"] == "baber/agieval/sat_en"
+
+
+@pytest.mark.parametrize("level, kept", [(4, False), ("4", False), (5, True), ("5", True), (6, False)])
+def test_only_the_hardest_level_of_agievals_maths_stays(level, kept):
+    raw = agieval("math_agieval", "test")[1] | {"part": "math_agieval", "level": level}
+    assert all((SIXTEEN["AGIEval"].to_row(raw, rules) is not None) == kept for rules in ("s1book", "s1"))
+
+
+def test_the_loop_of_the_script_shares_one_budget_between_topics_and_their_task():
+    order = [scieval(i, task, topic, ["A"]) for i, (task, topic) in enumerate(
+        [("SocraticQA", "a"), ("SocraticQA", "a"), ("MedQA", None), ("MedQA", None), ("SocraticQA", "b")])]
+    assert [row["id"] for row in spread_like_s1(order, 4)] == ["s0", "s0", "s2", "s2"]
 
 
 @pytest.mark.parametrize("name", S1_SOURCES)

@@ -14,17 +14,20 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 from bad_server import PROMPT, REPLY, USD_IN, USD_OUT, BadServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s1book import traces
 from s1book.asking import ask_server
 from s1book.client import (
     Bill, Client, Purse, Reply, Stop, Transient, forecast, most_tokens, read_reply, refusal, scrub,
     seconds_until, split_thinking, usd_of,
 )
 from s1book.config import Run, S1Error, Server, item_seed, load_preset, read_jsonl
+from s1book.pool import COLUMNS, write_rows
 from s1book.preflight import doctor
 from s1book.store import alone, duration, progress, put_aside, share_out
 from s1book.traces import ask as ask_waiting
@@ -218,6 +221,30 @@ def test_errors_are_records_and_can_be_asked_again(tmp_path):
 
 
 # -- what does not belong --
+
+
+def test_the_presets_again_asks_failed_questions_anew_in_chapter_04(tmp_path, monkeypatch):
+    """The chapter's own cell, with a file in which one question failed."""
+    monkeypatch.setenv("S1BOOK_RUN", str(tmp_path))
+    cells = json.loads((Path(__file__).parents[1] / "nbs/04_traces.ipynb").read_text())["cells"]
+    [cell] = ["".join(c["source"]) for c in cells if "wanted.again" in "".join(c["source"])]
+    write_rows([row | dict.fromkeys(COLUMNS[1:]) | {"question": row["question"], "metadata": json.dumps(
+        {"deepseek_thinking_trajectory": "So", "deepseek_attempt": "3"})} for row in ROWS[:20]], tmp_path / "decontaminated.parquet")
+
+    def asked(*more):
+        overrides = ["teacher.kind=recorded", "teacher.model=deepseek-r1", *more]
+        names = vars(traces) | {"run": Run.open("tiny", overrides), "pq": pq, "time": time, "live_line": lambda: print,
+                                "forecast": forecast}
+        exec(cell, names)
+        return names["asked_now"]
+
+    assert asked() == 20 and asked() == 0
+    path = tmp_path / "traces.jsonl"
+    first, *rest = read_jsonl(path)
+    failed = first | {"trace": None, "attempt": None, "error": "TimeoutError: no answer"}
+    path.write_text("".join(json.dumps(record) + "\n" for record in (failed, *rest)))
+    assert asked() == 0 and asked("teacher.again=true") == 1
+    assert [record["error"] for record in read_jsonl(path)] == [None] * 20
 
 
 def test_other_teacher_or_pool_goes_aside_and_is_not_lost(tmp_path, capsys):

@@ -1,10 +1,17 @@
-"""How long curation takes at the paper's size; run by hand: python tests/benchmarks/bench_curation.py
+"""How long curation takes at the paper's size; run by hand:
+
+    python tests/benchmarks/bench_curation.py                          (everything; many minutes)
+    python tests/benchmarks/bench_curation.py time --method s1book     (ratios of one method, in turns)
+    python tests/benchmarks/bench_curation.py memory --method s1book   (peaks of one method)
+    python tests/benchmarks/bench_curation.py rest                     (the sequential variant, equal questions)
 
 Decontamination: `slow_verdicts` (a dict from every run of words in the pool to the set of questions
 with it, as the s1 repository does) against `find_leaks` with its evidence, in one process, on one core,
-in turns; medians of processor time. The peak of memory is measured in a turn of its own.
+in turns; processor time, and the ratio inside each turn, as least / median / most. The peak of memory is measured
+in a turn of its own, for a pass over the pool slows down under the tracer.
 """
 
+import argparse
 import random
 import resource
 import statistics
@@ -18,7 +25,7 @@ from s1book.decontaminate import (
 from s1book.plain import plain_words
 from s1book.pool import first_of_each, question_hash
 
-POOL, BENCHMARK, VOCABULARY, TURNS = 59_029, 728, 30_000, 3
+POOL, BENCHMARK, VOCABULARY = 59_029, 728, 30_000
 
 
 def texts(n, seed):
@@ -33,15 +40,20 @@ def texts(n, seed):
     return [" ".join(word() for _ in range(rng.randint(25, 95))) for _ in range(n)]
 
 
-def in_turns(works):
-    """Median seconds of processor time of each piece of work, and its result."""
+def in_turns(works, turns):
+    """Seconds of processor time of each piece of work, one number per turn, and its result."""
     seconds, results = {name: [] for name in works}, {}
-    for _ in range(TURNS):
+    for _ in range(turns):
         for name, work in works.items():
             started = time.process_time()
             results[name] = work()
             seconds[name].append(time.process_time() - started)
-    return {name: statistics.median(times) for name, times in seconds.items()}, results
+    return seconds, results
+
+
+def spread(numbers):
+    """Least, median and most."""
+    return " / ".join(f"{f(numbers):.2f}" for f in (min, statistics.median, max))
 
 
 def peak(work):
@@ -72,39 +84,62 @@ def slow_shares(pool, benchmark, n=8, coverage=0.75):
     return leaked
 
 
-def bench_decontaminate():
-    """s1's verdicts and s1book's, the obvious way and ours."""
+def material():
+    """Pool and benchmark as texts and as rows; every 500th question holds 80 characters of an item, the next a whole one."""
     pool, benchmark = texts(POOL, 0), texts(BENCHMARK, 1)
     pool[::500] = [text + " " + benchmark[i % BENCHMARK][:80] for i, text in enumerate(pool[::500])]
     pool[1::500] = [text + " " + benchmark[i % BENCHMARK] for i, text in enumerate(pool[1::500])]
     rows = [{"question": text, "question_hash": question_hash(text), "source_type": f"made/up{i * 16 // POOL}"}
             for i, text in enumerate(pool)]
     named = [{"question": text, "benchmark": "b", "id": str(i)} for i, text in enumerate(benchmark)]
-    works = {"s1, the obvious way (slow_verdicts)": lambda: slow_verdicts(pool, benchmark),
-             "s1, ours with evidence": lambda: find_leaks(rows, build_index(named, "s1")),
-             "s1book, the obvious way": lambda: slow_shares(pool, benchmark),
-             "s1book, ours with evidence": lambda: find_leaks(rows, build_index(named, "s1book")),
-             "lower-case and split the pool, no more": lambda: [words_of(text) and None for text in pool]}
-    seconds, results = in_turns(works)
-    print(f"{POOL:,} questions, {sum(map(len, pool)) / 1e6:.1f} million characters, against {BENCHMARK}")
-    for name, work in works.items():
-        print(f"{name:45s} {seconds[name]:7.2f} s, peak {peak(work):6.0f} MiB")
-    names = list(works)
-    for slow, fast in (names[:2], names[2:4]):
-        flagged = {leak.question_hash for leak in results[fast]}
-        assert {rows[i]["question_hash"] for i in results[slow]} == flagged
-        print(f"{fast}: {len(flagged)} flagged by both ways, {seconds[slow] / seconds[fast]:.1f} times as fast")
-    started = time.process_time()
-    print(f"s1-sequential: {len(decontaminate(rows, named, 's1-sequential'))} flagged in 16 sources, "
-          f"{time.process_time() - started:.2f} s")
-    return rows
+    print(f"{POOL:,} questions, {sum(map(len, pool)) / 1e6:.1f} million characters, against {BENCHMARK}", flush=True)
+    return pool, benchmark, rows, named
+
+
+def ways(method, pool, benchmark, rows, named):
+    """The obvious way and ours."""
+    obvious = {"s1": slow_verdicts, "s1book": slow_shares}[method]
+    return {f"{method}, the obvious way": lambda: obvious(pool, benchmark),
+            f"{method}, ours with evidence": lambda: find_leaks(rows, build_index(named, method))}
+
+
+def compare(method, turns, pool, benchmark, rows, named):
+    """Print how long both ways take, and their ratio in each turn; they flag the same questions."""
+    seconds, results = in_turns(ways(method, pool, benchmark, rows, named), turns)
+    for name, taken in seconds.items():
+        print(f"{name:45s} {spread(taken)} s in {turns} turns", flush=True)
+    (slow, fast), (there, ours) = seconds.values(), results.values()
+    flagged = {leak.question_hash for leak in ours}
+    assert {rows[i]["question_hash"] for i in there} == flagged
+    print(f"{method}: {len(flagged)} flagged by both ways, {spread([a / b for a, b in zip(slow, fast)])} times as fast",
+          flush=True)
+
+
+def others(pool, rows, named, turns):
+    """What has no obvious twin here: a lower bound, the sequential variant, exact duplicates."""
+    works = {"lower-case and split the pool, no more": lambda: [words_of(text) and None for text in pool],
+             "s1-sequential, 16 sources": lambda: decontaminate(rows, named, "s1-sequential"),
+             "exact duplicates": lambda: first_of_each(rows + rows[:5000])}
+    for name, taken in in_turns(works, turns)[0].items():
+        print(f"{name:45s} {spread(taken)} s", flush=True)
 
 
 def main():
     """Decontaminate and deduplicate at the paper's size (bench_select.py: the selection)."""
-    rows = bench_decontaminate()
-    seconds, _ = in_turns({"exact duplicates": lambda: first_of_each(rows + rows[:5000])})
-    print(f"{'exact duplicates':45s} {seconds['exact duplicates']:7.2f} s")
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("part", nargs="?", choices=["time", "memory", "rest", "all"], default="all")
+    arguments.add_argument("--method", choices=["s1", "s1book", "both"], default="both")
+    arguments.add_argument("--turns", type=int, default=3)
+    given = arguments.parse_args()
+    pool, benchmark, rows, named = material()
+    for method in ("s1", "s1book") if given.method == "both" else (given.method,):
+        if given.part in ("time", "all"):
+            compare(method, given.turns, pool, benchmark, rows, named)
+        if given.part in ("memory", "all"):
+            for name, work in ways(method, pool, benchmark, rows, named).items():
+                print(f"{name:45s} peak {peak(work):6.0f} MiB", flush=True)
+    if given.part in ("rest", "all"):
+        others(pool, rows, named, given.turns)
     print(f"largest resident size of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB")
 
 

@@ -20,7 +20,7 @@ FOUNDATION = ["files", "sections", "settings", "style"]  # below every chapter; 
 REFERENCE = {  # chapter -> what lies right below it: machinery, or what to look things up in
     "tiny": ["world", "pretraining"], "decontaminate": ["sources", "plain"], "traces": ["client", "store"],
     "grade": ["asking", "verifier", "columns"], "features": ["judge", "rubric"],
-    "sft": ["packing", "adapters", "training_files", "forgetting"], "engine": ["backends"], "budget": ["forcing"],
+    "sft": ["packing", "adapters", "training_files", "forgetting"], "engine": ["backends", "textserver"], "budget": ["forcing"],
     "controls": ["replay"], "evaluate": ["benchmarks", "exchange", "runcard"], "scaling": ["repeats"],
     "cost": ["launch"], "serve": ["streaming", "ask", "wire"]}
 MACHINERY = ["preflight", "leaks", "card", "figures", "diff", "runner", "report", "inspector", "tables", "cli"]  # above every chapter

@@ -219,9 +219,9 @@ MAKERS = {  # artefact -> the chapter that writes it
     "s1k": "07", "funnel.csv": "07",
     "sft_tokens.parquet": "08", "sft": "09", "sft_log.csv": "09", "example_traces.jsonl": "11",
     "controls": "12", "parallel": "13",
+    "honest.csv": "16", "honest.png": "16", "honest.svg": "16", "critics.csv": "16",
     "records.jsonl": "14", "run_card.json": "14", "accuracy.csv": "15", "scaling.csv": "16",
-    "curve.png": "16", "curve.svg": "16", "honest.csv": "16", "critics.csv": "16",
-    "honest.png": "16", "honest.svg": "16",
+    "curve.png": "16", "curve.svg": "16",
 }
 
 # %% ../nbs/00_presets.ipynb #b71505c0

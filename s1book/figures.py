@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from .config import PALETTE, MissingArtefact, Run, S1Error, atomic, read_jsonl, use_style
+from .config import PALETTE, MissingArtefact, Run, S1Error, atomic, use_style
 from .scaling import curve_points
 from .stats import paper_table, published, wilson
 
@@ -226,14 +226,12 @@ def our_rejection(
     run: Run,
 ) -> pd.DataFrame:  # with COLUMNS
     """Rejection sampling of chapter 12: mean tokens of what was accepted, by limit."""
-    records = [r for r in read_jsonl(run.read("controls/records.jsonl")) if r["method"] == "RS"]
-    rows = []
-    for name in (name for name in records[0]["runs"] if name.startswith("RS/")):
-        runs = [record["runs"][name] for record in records]
-        found = wilson(sum(r["correct"] for r in runs), len(runs))
-        rows.append({"series": "RS", "x": sum(r["thinking_tokens"] for r in runs) / len(runs),
+    runs, rows = pd.read_parquet(run.read("controls/runs.parquet")), []
+    for limit, part in runs[runs.method == "RS"].groupby("setting", sort=False):
+        found, kept = wilson(part.correct.sum(), len(part)), part[part.accepted.astype(bool)]
+        rows.append({"series": "RS", "x": float(kept.thinking_tokens.mean()), "erratum": None,
                      "y": 100 * found.value, "low": 100 * found.low, "high": 100 * found.high,
-                     "label": f"limit {name.partition('/')[2]}", "erratum": None})
+                     "label": f"limit {limit}, {len(kept)} of {len(part)} accepted"})
     return pd.DataFrame(rows)[COLUMNS]
 
 # %% ../nbs/figures.ipynb #75890f17
@@ -281,6 +279,10 @@ def figure_4(run: Run | None) -> Drawing:
 def figure_6(run: Run | None) -> Drawing:
     """Rejection sampling."""
     panel, notes = ours(run, "tiny_mixed (128)", our_rejection)
+    for part in panel:
+        labels = part.points.label.tolist()
+        notes.append(f"Ours, by {labels[0]}; by {labels[-1]}; what was not accepted is graded as "
+                     "it was cut.")
     return Drawing("figure-6", "Figure 6: rejection sampling",
                    (Panel("AIME24", "paper", paper_points("6")), *panel), tuple(notes))
 

@@ -164,7 +164,7 @@ def generated(
     max_answer: int,  # preset: budget.max_answer_tokens
 ) -> pd.Series:  # tokens
     """What the model has chosen: thinking, ends, answer; not the words that we forced."""
-    ends = records.waits + (records.end_reason == "natural") + (records.answer_tokens < max_answer)
+    ends = records.waits + (records.end_reason != "maximum") + (records.answer_tokens < max_answer)
     return records.thinking_tokens - records.forced_tokens + records.answer_tokens + ends
 
 # %% ../nbs/honest.ipynb #ed729b20
@@ -211,7 +211,7 @@ def same_questions(
     """What both chapters have asked; the records get the tokens that were generated."""
     votes, frame = sorted(votes, key=lambda v: v["id"]), pd.DataFrame(list(records))
     frame = frame[frame.id.isin([v["id"] for v in votes])]
-    kinds = frame.setting.str.partition("=")[0]
+    kinds = frame.setting.map(lambda name: name.partition("=")[0])
     frame = frame[kinds.isin(sum(PARTS.values(), ()))]
     if frame.id.nunique() != len(votes) or not votes:
         raise S1Error(f"Votes: found {len(votes)} questions, of which {frame.id.nunique()} are in "

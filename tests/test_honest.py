@@ -172,7 +172,7 @@ def test_generated_tokens_are_what_an_engine_gave(force, waits, most, period, an
     own = replace(force, ignore_end=waits, max_thinking=most, max_answer=answer)
     stop, spent = min(own.stop_ids & own.answer_stops), {}
     engine = ScriptedEngine(lambda ids: stop if len(ids) % period == 0 else 40)
-    prompt = prompt_ids(tokenizer, "How many r in raspberry")
+    prompt = prompt_ids(tokenizer, "How many r in 1r 2y 3r")
     [result] = engine.run([metered(budget_force(prompt, own), spent)])
     row = pd.DataFrame([thought(tokenizer, own, len(prompt), result)])
     assert generated(row, answer)[0] == spent["generated"]

@@ -100,7 +100,8 @@ def per_wait(
     records = list(records)
     table = stepped(records, pairwise(["natural", *settings_of(records, "wait")]))
     both = table.right_to_wrong + table.wrong_to_right
-    parts = {"repaired": (table.wrong_to_right, table.n), "spoiled": (table.right_to_wrong, table.n),
+    parts = {"repaired": (table.wrong_to_right, table.n),
+             "spoiled": (table.right_to_wrong, table.n),
              "wrong_way": (table.right_to_wrong, both.clip(lower=1))}
     for name, (count, of) in parts.items():
         found = wilson(count, of)
@@ -125,7 +126,8 @@ def flow_table(
 ) -> pd.DataFrame:  # text, a row per benchmark and step
     """What each step repairs and spoils, and what is left of it."""
     table = per_wait(records)
-    words = {"wrong → right": spoken(table, "repaired"), "right → wrong": spoken(table, "spoiled"),
+    words = {"wrong → right": spoken(table, "repaired"),
+             "right → wrong": spoken(table, "spoiled"),
              "net, points": table.points, "flips": table.flips,
              "wrong way": spoken(table, "wrong_way"), "p (Holm)": table.p_holm.round(4)}
     return table[["benchmark", "step", "n"]].assign(**words).set_index(["benchmark", "step"])

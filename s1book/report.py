@@ -233,7 +233,7 @@ REPORT = MACROS + """
 <strong>{{ run.name }}</strong>, seed {{ run.preset.seed }}, device {{ run.preset.device }}.</p>
 {% if result %}<p class="result"><strong>Result.</strong> {{ result }}</p>{% endif %}
 <nav aria-label="Parts" class="parts"><a href="#honest">Votes and critics</a>
-<a href="figures/index.html">The paper’s figures and ours</a>
+{% if words %}<a href="figures/index.html">The paper’s figures and ours</a>{% endif %}
 {% if records %}<a href="traces.html">Traces, one by one</a>{% endif %}
 <a href="#accuracy">Accuracy</a> <a href="#chapters">Chapters</a> <a href="#card">Run card</a></nav>
 <h2 id="curve">Accuracy against thinking tokens</h2>
@@ -269,8 +269,8 @@ wholly on its other side, open: neither.</caption>
 # %% ../nbs/report.ipynb #09f69153
 REPORT += """
 <h2 id="paper">The paper’s Figure 1 and ours</h2>
-<figure><img src="figures/figure-1.svg" alt="{{ words }}"><figcaption>The other figures and the tables, paper and
-run side by side: <a href="figures/index.html">all figures</a>.</figcaption></figure>
+{% if not words %}{{ missing('accuracy.csv') }}{% else %}<figure><img src="figures/figure-1.svg" alt="{{ words }}"><figcaption>The other figures and the
+tables, paper and run side by side: <a href="figures/index.html">all figures</a>.</figcaption></figure>{% endif %}
 <h2 id="traces">Two traces</h2>
 {% if records %}<p>More of them, with what each setting answered:
 <a href="traces.html">traces of the first {{ inspected }} questions of each benchmark</a>.</p>
@@ -359,8 +359,8 @@ def index_page(
         curve=curve_figure(run, accuracy), loss=loss_figure(log) if log else None,
         traces=load_rows(run, "example_traces.jsonl"), chapters=_chapter_rows(run),
         card=run_card(run), result=result(run, accuracy), honest=honest_figure(run, points),
-        critics=load_rows(run, "critics.csv"), inspected=INSPECTED, words=described(figure_1(own(run))),
-        records=(run.dir / "records.jsonl").exists())
+        critics=load_rows(run, "critics.csv"), inspected=INSPECTED,
+        words=described(figure_1(own(run))) if accuracy else "", records=(run.dir / "records.jsonl").exists())
     return page(f"s1book: the {run.name} run", body, style=REPORT_STYLE)
 
 # %% ../nbs/report.ipynb #437f5684
@@ -370,7 +370,8 @@ def write_beside(
 ) -> None:
     "The pages of figures and of traces."
     back = '<nav aria-label="Back"><p><a href="{}index.html">Report</a></p></nav>'
-    build_figures(own(run), folder / "figures", back.format("../"))
+    if (run.dir / "accuracy.csv").exists():  # without it the page would be the paper's alone
+        build_figures(own(run), folder / "figures", back.format("../"))
     if (run.dir / "records.jsonl").exists():
         write_inspector(run.dir, folder / "traces.html", INSPECTED, back.format(""))
 

@@ -335,7 +335,8 @@ def test_the_figure_reads_without_colour_and_has_words():
     assert len(looks) == len(LOOKS) == 3 and len(axis.containers) == 3
     assert sum(len(c[0].get_xdata()) for c in axis.containers) == len(points) and drawn
     notes = {t.get_text() for t in axis.texts}
-    assert {"max=0", "natural", "wait=2", "k=1", "k=4"} <= notes and "k=3" not in notes
+    assert {"max=0", "natural", "×2", "k=1", "k=4"} <= notes and "k=3" not in notes
+    assert len(axis.texts) == len(notes)  # no point is named twice
     words = honest_words(points)
     assert words.count("[") == 9 and "12 questions" in words
     assert "generated tokens" in axis.get_xlabel()

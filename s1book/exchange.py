@@ -116,7 +116,7 @@ def check_counts(
         raise S1Error(f"{where}: found token_counts that do not fit {samples} samples, wanted for "
                       f"each a count of {', '.join(COUNTED)}, or no token_counts.")
 
-
+# %% ../nbs/exchange.ipynb #7f6e9b33
 def read_samples(
     path: Path,  # samples_<task>_<date>.jsonl
     setting: str = "imported",  # how the questions were asked

@@ -53,7 +53,7 @@ def settings_of(
                       "run chapter 14 again.")
     return found
 
-
+# %% ../nbs/honest.ipynb #b95b1fc1
 def effects(
     records: Iterable[dict],  # of chapter 14
 ) -> pd.DataFrame:  # of stepped
@@ -221,7 +221,7 @@ def same_questions(
                       "the records, wanted the same; run chapter 13 again.")
     return frame.assign(tokens=generated(frame, max_answer)), votes
 
-
+# %% ../nbs/honest.ipynb #f2e20424
 def honest_points(
     frame: pd.DataFrame,  # of same_questions
     votes: list[dict],  # of same_questions
@@ -294,7 +294,7 @@ def honest_figure(
     axis.legend(loc="lower right", fontsize="small")
     return figure
 
-
+# %% ../nbs/honest.ipynb #bb9cb336
 def labelled(
     part: pd.DataFrame,  # of one series
 ) -> pd.DataFrame:  # the points whose name is written into the figure
@@ -307,7 +307,7 @@ def labelled(
     room = np.diff(np.log2(part.tokens), append=np.inf)
     return part[(room > 0.4) & (part.label != "natural")]  # which has its name among the Waits
 
-
+# %% ../nbs/honest.ipynb #7cd86dd0
 def honest_words(
     points: pd.DataFrame,  # of honest_points
 ) -> str:  # alternative text
@@ -338,7 +338,7 @@ def length_gap(
         return Interval(0.0, -np.inf, np.inf), 0
     return cluster_bootstrap(np.array(gaps)[:, None]), len(gaps)
 
-
+# %% ../nbs/honest.ipynb #b7a33275
 def shortest_vote(
     vote: dict,  # answers, right and thinking of one question
     sets_Rk: np.ndarray,  # of repeats.drawn_sets

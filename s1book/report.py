@@ -240,6 +240,10 @@ REPORT = MACROS + """
 {% if curve %}<figure>{{ curve | safe }}<figcaption>Chapter 16. Left of the natural end, thinking is
 cut short; right of it, its end is suppressed and the model is told to go on.</figcaption></figure>
 {% else %}{{ missing('curve.svg') }}{% endif %}
+"""
+
+# %% ../nbs/report.ipynb #86ca0985
+REPORT += """
 <h2 id="honest">The same tokens, spent in three ways</h2>
 {% if honest %}<figure>{{ honest | safe }}<figcaption>Chapter 16. Early exits only take away; Waits
 add thinking; a vote asks several times. The axis counts every token that the model generates.
@@ -269,7 +273,8 @@ wholly on its other side, open: neither.</caption>
 # %% ../nbs/report.ipynb #09f69153
 REPORT += """
 <h2 id="paper">The paper’s Figure 1 and ours</h2>
-{% if not words %}{{ missing('accuracy.csv') }}{% else %}<figure><img src="figures/figure-1.svg" alt="{{ words }}"><figcaption>The other figures and the
+{% if not words %}{{ missing('accuracy.csv') }}{% else %}<figure>
+<img src="figures/figure-1.svg" alt="{{ words }}"><figcaption>The other figures and the
 tables, paper and run side by side: <a href="figures/index.html">all figures</a>.</figcaption></figure>{% endif %}
 <h2 id="traces">Two traces</h2>
 {% if records %}<p>More of them, with what each setting answered:
@@ -319,7 +324,7 @@ def own(
     "The run without what is recorded elsewhere."
     return OwnFolder(run.name, run.preset, run.dir)
 
-
+# %% ../nbs/report.ipynb #21c5d18d
 INSPECTED = 20  # questions per benchmark on the page of traces: a page of some megabytes is slow
 REPORT_STYLE = """
 .result { font-size: 1.12rem; border-left: 5px solid #0072b2; background: var(--wash);
@@ -343,7 +348,7 @@ def _chapter_rows(
                          href=f"{chapter.name}.html" if done else "", note=note))
     return rows
 
-
+# %% ../nbs/report.ipynb #3273a377
 def index_page(
     run: Run,  # which run
 ) -> str:  # HTML
@@ -360,7 +365,8 @@ def index_page(
         traces=load_rows(run, "example_traces.jsonl"), chapters=_chapter_rows(run),
         card=run_card(run), result=result(run, accuracy), honest=honest_figure(run, points),
         critics=load_rows(run, "critics.csv"), inspected=INSPECTED,
-        words=described(figure_1(own(run))) if accuracy else "", records=(run.dir / "records.jsonl").exists())
+        words=described(figure_1(own(run))) if accuracy else "",
+        records=(run.dir / "records.jsonl").exists())
     return page(f"s1book: the {run.name} run", body, style=REPORT_STYLE)
 
 # %% ../nbs/report.ipynb #437f5684

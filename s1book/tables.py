@@ -85,7 +85,7 @@ NOTES = {5: "These rows stand beside s1. The tiny world has one teacher, so ther
          8: "Chapter 08 counts what a short limit cuts away; no run of ours is trained on cut "
             "traces, so that row has no accuracy."}
 
-
+# %% ../nbs/tables.ipynb #ad80dcf6
 def from_accuracy(
     run: Run,
     settings: dict[str, str],  # setting -> name of the row
@@ -101,7 +101,7 @@ def from_accuracy(
     wide = wide[sizes.index].rename(columns=lambda name: f"{name}, n = {sizes[name]:.0f}")
     return wide.rename_axis(index="setting", columns=None).reset_index()
 
-
+# %% ../nbs/tables.ipynb #1c67f54f
 def from_ablations(
     number: int,  # of the table: 2 (sets) or 4 (strings)
     run: Run,

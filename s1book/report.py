@@ -275,7 +275,8 @@ REPORT += """
 <h2 id="paper">The paper’s Figure 1 and ours</h2>
 {% if not words %}{{ missing('accuracy.csv') }}{% else %}<figure>
 <img src="figures/figure-1.svg" alt="{{ words }}"><figcaption>The other figures and the
-tables, paper and run side by side: <a href="figures/index.html">all figures</a>.</figcaption></figure>{% endif %}
+tables, paper and run side by side: <a href="figures/index.html">all figures</a>.</figcaption>
+</figure>{% endif %}
 <h2 id="traces">Two traces</h2>
 {% if records %}<p>More of them, with what each setting answered:
 <a href="traces.html">traces of the first {{ inspected }} questions of each benchmark</a>.</p>

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'MACROS', 'REPORT', 'INSPECTED', 'REPORT_STYLE', 'load_rows', 'loss_figure', 'curve_figure',
-           'honest_figure', 'result', 'said', 'run_card', 'chapter_page', 'OwnFolder', 'own', 'index_page',
+           'honest_figure', 'result', 'said', 'run_card', 'chapter_page', 'OwnFolder', 'own', 'drawable', 'index_page',
            'write_beside', 'build_report']
 
 # %% ../nbs/report.ipynb #cc6cc345
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from s1book.config import (
-    MAKERS, PALETTE, Run, S1Error, atomic, disk_errors, read_jsonl, show_path, use_style,
+    MAKERS, PALETTE, Run, S1Error, atomic, disk_errors, project_root, read_jsonl, show_path,
+    use_style,
 )
 from .figures import described, figure_1
 from .honest import honest_words
@@ -272,8 +273,7 @@ wholly on its other side, open: neither.</caption>
 
 # %% ../nbs/report.ipynb #09f69153
 REPORT += """
-<h2 id="paper">The paper’s Figure 1 and ours</h2>
-{% if not words %}{{ missing('accuracy.csv') }}{% else %}<figure>
+{% if words %}<h2 id="paper">The paper’s Figure 1 and ours</h2><figure>
 <img src="figures/figure-1.svg" alt="{{ words }}"><figcaption>The other figures and the
 tables, paper and run side by side: <a href="figures/index.html">all figures</a>.</figcaption>
 </figure>{% endif %}
@@ -326,6 +326,14 @@ def own(
     return OwnFolder(run.name, run.preset, run.dir)
 
 # %% ../nbs/report.ipynb #21c5d18d
+def drawable(
+    run: Run,  # which run
+) -> bool:
+    "Whether the paper's points are here, and a curve of the run to stand beside them."
+    paper = project_root() / "data" / "paper"  # not part of an installed package
+    return (run.dir / "accuracy.csv").exists() and paper.is_dir()
+
+
 INSPECTED = 20  # questions per benchmark on the page of traces: a page of some megabytes is slow
 REPORT_STYLE = """
 .result { font-size: 1.12rem; border-left: 5px solid #0072b2; background: var(--wash);
@@ -366,7 +374,7 @@ def index_page(
         traces=load_rows(run, "example_traces.jsonl"), chapters=_chapter_rows(run),
         card=run_card(run), result=result(run, accuracy), honest=honest_figure(run, points),
         critics=load_rows(run, "critics.csv"), inspected=INSPECTED,
-        words=described(figure_1(own(run))) if accuracy else "",
+        words=described(figure_1(own(run))) if drawable(run) else "",
         records=(run.dir / "records.jsonl").exists())
     return page(f"s1book: the {run.name} run", body, style=REPORT_STYLE)
 
@@ -377,7 +385,7 @@ def write_beside(
 ) -> None:
     "The pages of figures and of traces."
     back = '<nav aria-label="Back"><p><a href="{}index.html">Report</a></p></nav>'
-    if (run.dir / "accuracy.csv").exists():  # without it the page would be the paper's alone
+    if drawable(run):
         build_figures(own(run), folder / "figures", back.format("../"))
     if (run.dir / "records.jsonl").exists():
         write_inspector(run.dir, folder / "traces.html", INSPECTED, back.format(""))

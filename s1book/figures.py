@@ -128,6 +128,7 @@ def draw(
     columns = max(map(len, rows))
     figure = Figure(figsize=(4.3 * columns, 3.3 * len(rows) + 0.22 * len(notes)),
                     layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)  # inches: a title below an axis label needs air
     for axis in (axes := figure.subplots(len(rows), columns, squeeze=False)).flat:
         axis.set_axis_off()
     for axis_row, row in zip(axes, rows):

@@ -258,7 +258,8 @@ wholly on its other side, open: neither.</caption>
 <td class="n">{{ r.n }}</td><td class="n">{{ r.measured }}</td><td class="n">{{ r.limit }}</td>
 <td class="n">{{ r.here }}</td></tr>{% endfor %}</tbody></table></div></details>{% endif %}
 <h2 id="accuracy">Accuracy</h2>
-{% if accuracy is none %}{{ missing('accuracy.csv') }}{% else %}<div class="wide"><table>
+{% if accuracy is none %}{{ missing('accuracy.csv') }}{% else %}<details><summary>All {{
+accuracy | length }} of them, with intervals</summary><div class="wide"><table>
 <caption>Percent correct with its 95 % interval; seconds are those of the generation.</caption>
 {{ head(['benchmark', 'setting', 'n', 'thinking tokens', 'accuracy, %', '95 % interval',
 'seconds']) }}
@@ -268,7 +269,7 @@ wholly on its other side, open: neither.</caption>
 <td class="n">{{ percent(r.accuracy) }}</td>
 <td class="n">{{ percent(r.low) }} to {{ percent(r.high) }}</td>
 <td class="n">{{ '%.1f' | format(r.seconds) }}</td></tr>{% endfor %}
-</tbody></table></div>{% endif %}
+</tbody></table></div></details>{% endif %}
 """
 
 # %% ../nbs/report.ipynb #09f69153

@@ -219,6 +219,7 @@ MAKERS = {  # artefact -> the chapter that writes it
     "s1k": "07", "funnel.csv": "07",
     "sft_tokens.parquet": "08", "sft": "09", "sft_log.csv": "09", "example_traces.jsonl": "11",
     "controls": "12", "parallel": "13",
+    "honest.csv": "16", "honest.png": "16", "honest.svg": "16", "critics.csv": "16",
     "records.jsonl": "14", "run_card.json": "14", "accuracy.csv": "15", "scaling.csv": "16",
     "curve.png": "16", "curve.svg": "16",
 }
@@ -243,8 +244,9 @@ class RunFolder:
         data = project_root() / "data"
         if self.name != "tiny":  # what tiny recorded must never stand in for another preset
             return [self.dir / name, data / "reference" / self.name / name]
-        packed = data / "reference" / "seeds" / "0" / f"{name}.gz"  # long records are kept once
-        return [self.dir / name, data / "reference" / name, packed, data / "tiny" / name]
+        seed = data / "reference" / "seeds" / "0"  # what is kept of every seed is kept once
+        return [self.dir / name, data / "reference" / name, seed / name, seed / f"{name}.gz",
+                data / "tiny" / name]
 
     def _trace(self, what: str, name: str) -> None:
         "Tell the runner what this chapter reads and writes in the run that it executes."

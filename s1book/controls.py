@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['S1_WORDING', 'TINY_WORDING', 'STEPS', 'ControlError', 'Wording', 'wording_of', 'bucket', 'token_sample',
            'count_steps', 'step_sample', 'count_down', 'Drawn', 'fits', 'draw_of', 'reject', 'fields', 'swept',
-           'stepped', 'rejected', 'Method', 'weights_hash', 'made_with', 'measure_method', 'conditional_model']
+           'stepped', 'rejected', 'Method', 'weights_hash', 'made_with', 'measure_method', 'run_rows', 'recorded_seeds',
+           'conditional_model']
 
 # %% ../nbs/12_other_controls.ipynb #ad4025ed
 import hashlib
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 from s1book.budget import (
     Force, Forced, Trace, answered, ask_answer, make_force, seeded, sweep, whole_answer,
 )
-from .config import Preset, Run, S1Error, append_jsonl, atomic, read_jsonl
+from s1book.config import (
+    Preset, Run, S1Error, append_jsonl, atomic, project_root, read_jsonl,
+)
 from .engine import Continuation, Continued, Strategy, open_engine
 from s1book.format import (
     IGNORE, Delimiters, Sample, answer_text, chat_text, plain, prompt_ids, save_samples, text_ids,
@@ -208,9 +212,11 @@ def fields(
     **more: Any,  # further fields
 ) -> dict:
     "The measured fields of a run, graded."
-    answer = tokenizer.decode(whole_answer(force, forced))
-    return {"thinking_tokens": len(forced.trace.ids), "natural": forced.trace.ended,
-            "correct": grade(row, answer).correct is True, **more}
+    trace, answer = forced.trace, tokenizer.decode(whole_answer(force, forced))
+    ends = trace.waits + trace.ended + forced.answer_ended  # the model wrote these, too
+    written = len(trace.ids) - trace.forced_tokens + len(forced.answer_ids) + ends
+    return {"thinking_tokens": len(trace.ids), "generated_tokens": written,
+            "end_reason": trace.end_reason, "correct": grade(row, answer).correct is True, **more}
 
 
 def swept(
@@ -238,12 +244,15 @@ def stepped(
     "Step-conditional thinking, without and with an end forced at the header of step 0."
     prompt = prompt_ids(tokenizer, row["question"] + wording.say(wording.steps, limit), STEPS)
     zero = tuple(text_ids(tokenizer, wording.say(wording.header, 0))[1:-1])
-    found = {}
-    for method, last in (("SCC", ()), ("SCC+BF", zero)):
-        forced = yield from count_down(prompt, force, last)
-        steps = forced.trace.ids.count(prompt[-1]) + bool(forced.trace.ids)
-        found[f"{method}/{limit}"] = fields(tokenizer, force, row, forced, steps=steps)
-    return found
+    free = yield from count_down(prompt, force)
+    said = prompt[-1:] + free.trace.ids
+    met = any(mark == prompt[-1] and tuple(said[i:i + len(zero)]) == zero
+              for i, mark in enumerate(said, 1))
+    forced = (yield from count_down(prompt, force, zero)) if met else free
+    return {f"{name}/{limit}": fields(
+                tokenizer, force, row, found,
+                steps=found.trace.ids.count(prompt[-1]) + bool(found.trace.ids))
+            for name, found in (("SCC", free), ("SCC+BF", forced))}
 
 # %% ../nbs/12_other_controls.ipynb #ba9409ed
 def rejected(
@@ -299,7 +308,7 @@ def measure_method(
     method: Method,  # what to run
     rows: list[dict],  # questions
     name: str,  # of the file of records
-) -> list[dict]:  # one record per question: made, method, id, domain, runs
+) -> list[dict]:  # one record per question: made, method, id, domain, seconds, runs
     "Ask every question that has no record yet, and append each answer at once."
     path, made = run.write(name, keyed=True), made_with(run.preset, method)
     known = read_jsonl(path) if path.exists() else []
@@ -307,16 +316,38 @@ def measure_method(
     missing = [row for row in rows if row["id"] not in done]
 
     def keep(i: int, runs: dict[str, dict]) -> None:
-        row = missing[i]
+        nonlocal last
+        row, last, before = missing[i], time.monotonic(), last
         done[row["id"]] = {"made": made, "method": method.name, "id": row["id"],
-                           "domain": row.get("domain", ""), "runs": runs}
+                           "domain": row.get("domain", ""), "seconds": round(last - before, 6),
+                           "runs": runs}
         append_jsonl(path, done[row["id"]])
 
     if missing:
         engine, tokenizer = open_engine(run.preset, method.model)
         begin = method.prepare(tokenizer, make_force(tokenizer, run.preset.budget))
+        last = time.monotonic()
         engine.run([begin(row) for row in missing], keep)
     return [done[row["id"]] for row in rows]
+
+# %% ../nbs/12_other_controls.ipynb #b7363eb6
+def run_rows(
+    records: Iterable[dict],  # of measure_method
+) -> list[dict]:  # id, method, setting, and the measured fields
+    "Records as a flat table: one row for every run of every question."
+    return [{"id": r["id"]} | dict(zip(("method", "setting"), name.split("/"))) | measured
+            for r in records for name, measured in r["runs"].items()]
+
+
+def recorded_seeds(
+    run: Run,  # of a preset that was recorded
+    name: str,  # artefact
+) -> dict[str, Path]:  # "seed 0" -> its file
+    "What other runs have recorded of an artefact, seed by seed."
+    folders = sorted((project_root() / "data" / "reference" / "seeds").glob("*"))
+    found = {f"seed {folder.name}": folder / name for folder in folders}
+    return {seed: file for seed, file in found.items() if run.name == "tiny" and file.exists()}
+
 
 # %% ../nbs/12_other_controls.ipynb #b42e1b66
 def conditional_model(

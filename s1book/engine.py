@@ -22,6 +22,7 @@ from s1book.backends import (
 )
 from .config import Preset, S1Error
 from .format import load_tokenizer
+from .textserver import TextServer
 
 if TYPE_CHECKING:
     import torch
@@ -437,6 +438,8 @@ def open_engine(
             max_num_seqs=how.slots, tensor_parallel_size=how.tensor_parallel)), tokenizer
     if how.kind == "server":
         name = Path(model).name if Path(model).is_dir() else str(model)
+        if how.server.like == "transformers":
+            return FlowEngine(TextServer(how.server, name, tokenizer, how.context)), tokenizer
         return FlowEngine(Completions(how.server, name, len(tokenizer), how.context)), tokenizer
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

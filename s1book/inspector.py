@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .config import S1Error, atomic
 from .diff import read_evaluation
-from .report import page
+from .pages import page
 from .stats import setting_key
 
 # %% ../nbs/inspector.ipynb #61d97701
@@ -222,6 +222,7 @@ were forced at places that these settings do not tell.{% endif %}</p>
 def inspector_page(
     found: list[Thread],
     title: str,
+    top: str = "",  # HTML above the page, e.g. a link back
 ) -> str:  # HTML
     """Every thread as a card, and the menu."""
     import jinja2
@@ -233,13 +234,14 @@ def inspector_page(
         settings=sorted(names, key=lambda name: (name != "natural", setting_key(name))),
         benchmarks=list(dict.fromkeys(t.name.split(" ")[0] for t in found)),
         facts=[json.dumps({s.setting: facts(s) for s in t.steps}) for t in found])
-    return page(title, body, style=STYLE)
+    return page(title, body, top, style=STYLE)
 
 # %% ../nbs/inspector.ipynb #51b7250a
 def write_inspector(
     records: Path,  # a run's folder, a file of records, or samples_*.jsonl
     out: Path,  # the page
     limit: int = 300,  # questions per benchmark; 0: all
+    top: str = "",  # HTML above the page, e.g. a link back
 ) -> Path:  # the page
     """Read a record file and write its page."""
     evaluation, seen = read_evaluation(records), {}
@@ -252,6 +254,6 @@ def write_inspector(
     if not chosen:
         raise S1Error(f"{Path(records).name}: found no records, wanted some to look at.")
     with atomic(Path(out)) as aside:
-        text = inspector_page(threads(chosen), f"Traces of {evaluation.name}")
+        text = inspector_page(threads(chosen), f"Traces of {evaluation.name}", top)
         aside.write_text(text, encoding="utf-8")
     return Path(out)

@@ -1049,6 +1049,7 @@ controls/table.csv parallel/table.csv
 """.split()
 KEPT_PER_SEED = """
 records.jsonl run_card.json accuracy.csv scaling.csv sft_log.csv funnel.csv
+controls/table.csv controls/runs.parquet parallel/table.csv parallel/runs.parquet
 """.split()
 
 # %% ../nbs/runner.ipynb #ce53bd58

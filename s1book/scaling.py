@@ -17,7 +17,7 @@ import pandas as pd
 
 from .config import STYLE
 from s1book.stats import (
-    KINDS, SIZES, accuracy_table, paper_table, score_matrix, setting_key, shown,
+    KINDS, SIZES, accuracy_table, paper_table, score_matrix, shown,
 )
 
 # %% ../nbs/16_scaling.ipynb #f7c40e3b

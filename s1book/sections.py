@@ -105,6 +105,9 @@ SERVERS = {  # prices are assumptions: put your own into the preset
     "vllm": dict(  # your own machine: no key, no bill, seeds are honoured
         url="http://127.0.0.1:8000/v1", key="", thinking="field", seeded=True, usd_in=0.0,
         usd_out=0.0, priced="own machine", max_tokens=32_768, mean_out=10_000, timeout=3600.0),
+    "transformers": dict(  # transformers serve: texts only, one request at a time
+        url="http://127.0.0.1:8000/v1", key="", thinking="none", usd_in=0.0, usd_out=0.0,
+        priced="own machine", max_tokens=32_768, mean_out=10_000, timeout=3600.0, concurrency=1),
 }
 
 # %% ../nbs/sections.ipynb #f3728d52
@@ -130,7 +133,7 @@ class _Described(Section):
 # %% ../nbs/sections.ipynb #14617468
 class Server(_Described):
     "A server that speaks OpenAI's chat protocol; keys that are not given are those of SERVERS."
-    like: Literal["deepseek", "gemini", "vllm"] = Field(description="which entry of SERVERS")
+    like: Literal["deepseek", "gemini", "vllm", "transformers"] = Field(description="which entry of SERVERS")
     url: str = Field(description="address, without name, password or key in it")
     key: str = Field(description="environment variable that holds the key; empty: none is needed")
     thinking: Literal["field", "<think>", "<thought>", "none"] = Field(

@@ -137,6 +137,9 @@ def finished(command):
         "funnel.csv": "stage,rule,rows_in,rows_out\npool,all,24000,24000\nquality,whole,24000,21000\n",
         "sft_log.csv": "step,loss,learning_rate,grad_norm\n1,2.5,0.001,1\n315,0.25,0,1\n",
         "accuracy.csv": ACCURACY, "example_traces.jsonl": json.dumps(trace) + "\n",
+        "honest.csv": "series,label,n,tokens,accuracy,low,high\nvote,k=1,30,70.0,55.5,40.1,70.2\n",
+        "critics.csv": "claim,on,n,measured,limit,here\n<most>,toy,30,\"81.0 [75.7, 86.5]\",> 50,yes\nother,why,0,,,no data\n",
+        "honest.svg": "<svg xmlns='http://www.w3.org/2000/svg'/>",
         "curve.svg": "<svg xmlns='http://www.w3.org/2000/svg'/>", "run_card.json": json.dumps({"seed": 0, "a": {"b": 1}}),
     }
     for name, text in files.items():
@@ -152,6 +155,7 @@ def test_the_report_shows_the_files(finished):
     assert "from 2.50 at step 1 to 0.25 at step 315" in text
     assert "<mark" in text and "Answer: &lt;3&gt;" in text and "r &amp; s" in text
     assert "<th scope=\"row\">a.b</th><td>1</td>" in text
+    assert "55.5 % [40.1, 70.2] at 70 tokens (k=1)" in text and "&lt;most&gt;" in text and ">no data<" in text and "nan" not in text
     assert not re.findall(r'(?:src|href)="(?!data:|#|\w+\.html)', text), "the page must not fetch anything"
     assert all(alt for alt in re.findall(r'<img [^>]*alt="([^"]*)"', text))
     assert re.findall(r"<h(\d)", text) == sorted(re.findall(r"<h(\d)", text)[:1]) + re.findall(r"<h(\d)", text)[1:]
@@ -160,7 +164,7 @@ def test_the_report_shows_the_files(finished):
 
 def test_the_report_of_nothing_names_the_chapters(command):
     text = build_report(Run.open("tiny")).read_text()
-    assert text.count("has not been made") == 5 and "not executed" in text
+    assert text.count("has not been made") == 7 and "not executed" in text
 
 
 @pytest.mark.parametrize("name, content, words", [

@@ -1,17 +1,20 @@
 """Other controls: budgets said truly, countdowns that end, an acceptance rule exact to the token."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s1book.budget import Trace
-from s1book.config import Run, S1Error, load_preset, read_jsonl
+from s1book.config import Run, S1Error, load_preset, project_root, read_jsonl
 from s1book.controls import (
     S1_WORDING, STEPS, TINY_WORDING, ControlError, Method, bucket, conditional_model, count_down, count_steps,
-    draw_of, fits, made_with, measure_method, reject, rejected, step_sample, stepped, swept, token_sample, wording_of,
+    draw_of, fits, made_with, measure_method, recorded_seeds, reject, rejected, run_rows, step_sample, stepped, swept,
+    token_sample, wording_of,
 )
 from s1book.engine import Continuation, Continued, Sampling, ScriptedEngine
 from s1book.format import IGNORE, prompt_ids, text_ids
@@ -254,3 +257,103 @@ def test_a_conditional_model_is_trained_once(world, tokenizer, monkeypatch):
     assert len(trained) == 1
     conditional_model(run, "controls/steps", made * 2)
     assert len(trained) == 2, "other samples, another model"
+
+
+def test_a_record_says_what_it_cost_and_who_ended_it(world):
+    run, folder, rows = world
+    for m in methods(folder):
+        records = measure_method(run, m, rows, "controls/records.jsonl")
+        assert all(r["seconds"] > 0 for r in records)
+        for row in run_rows(records):
+            limit = None if row["setting"] == "1" else int(row["setting"])
+            assert row["end_reason"] in ("natural", "maximum") and row["generated_tokens"] >= row["thinking_tokens"] - 1
+            if row["method"] in ("TCC+BF", "RS+BF"):
+                assert row["thinking_tokens"] <= limit
+            if row["method"].startswith("RS"):
+                assert row["accepted"] == (row["end_reason"] == "natural") and row["spent"] >= row["thinking_tokens"]
+    assert len(run_rows(records)) == 3 * 4 and {r["id"] for r in run_rows(records)} == {row["id"] for row in rows}
+
+
+def test_generated_tokens_are_those_that_the_engine_counts(world, small_model, tokenizer):
+    from s1book.budget import make_force
+    from s1book.engine import TransformersEngine
+
+    run, _, rows = world
+    force, engine = make_force(tokenizer, run.preset.budget), TransformersEngine(small_model, 4, len(tokenizer))
+    for names in ({"A/x": "natural"}, {"A/x": "wait=2"}):   # one run alone is one decode
+        for row in rows:
+            [found] = engine.run([swept(tokenizer, force, "", names, row)])
+            if names["A/x"] == "natural" or found["A/x"]["end_reason"] == "maximum":
+                assert found["A/x"]["generated_tokens"] == engine.stats.generated
+
+
+# ---------------------------------------------------------------- the recorded table
+
+RECORDED = sorted((project_root() / "data" / "reference" / "seeds").glob("*/controls/runs.parquet"))
+each_seed = pytest.mark.parametrize("file", RECORDED, ids=lambda p: f"seed {p.parts[-3]}")
+
+
+def wilson(right, n, z=1.959963984540054):
+    """The interval by its formula."""
+    p, d = right / n, 1 + z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
+    return (p + z * z / (2 * n)) / d - half, (p + z * z / (2 * n)) / d + half
+
+
+def points(rows, method):
+    """setting -> mean thinking tokens of what counts, right ones, questions."""
+    found = {}
+    for row in rows:
+        if row["method"] == method:
+            found.setdefault(row["setting"], []).append(row)
+    for setting, part in found.items():
+        kept = [r["thinking_tokens"] for r in part if method != "RS" or r["accepted"]]
+        if kept:
+            yield setting, sum(kept) / len(kept), sum(r["correct"] for r in part), len(part)
+
+
+def inside(method, setting, tokens, natural, per_step):
+    """Whether a run thought as long as it was asked to."""
+    kind = method.split("+")[0]
+    if setting.startswith("wait") or setting == "long":
+        return tokens >= natural
+    if setting in ("natural", "short"):
+        return setting == "natural" or tokens <= natural
+    return tokens <= float(setting.split("=")[-1]) * (per_step if kind == "SCC" else 1)
+
+
+def test_runs_are_recorded_and_found():
+    assert RECORDED, "no seed has recorded its runs"
+    assert list(recorded_seeds(Run.open("tiny"), "controls/runs.parquet").values()) == RECORDED
+    assert recorded_seeds(Run.open("h100"), "controls/runs.parquet") == {}
+    assert all(file.stat().st_size < 100_000 for file in RECORDED)
+
+
+@each_seed
+def test_the_recorded_table_follows_from_the_recorded_runs(file):
+    rows, table = pd.read_parquet(file).to_dict("records"), pd.read_csv(file.with_name("table.csv")).set_index("method")
+    assert set(table.index) == {r["method"] for r in rows} and (table.seconds > 0).all() and table.device.notna().all()
+    natural = round(next(tokens for s, tokens, *_ in points(rows, "BF") if s == "natural"))
+    for method, line in table.iterrows():
+        found = list(points(rows, method))
+        kept = [inside(method, setting, tokens, natural, line.per_step) for setting, tokens, *_ in found]
+        xy = [(math.log2(tokens), 100 * right / n) for _, tokens, right, n in found]
+        slopes = [(d - b) / (c - a) for i, (a, b) in enumerate(xy) for c, d in xy[i + 1:] if a != c]
+        best = max(right for *_, right, _ in found)
+        low, high = wilson(best, found[0][-1])
+        wanted = [100 * sum(kept) / len(kept), sum(slopes) / len(slopes), 100 * best / found[0][-1], 100 * low, 100 * high,
+                  found[0][-1], len(found)]
+        assert line[["control", "scaling", "performance", "low", "high", "n", "runs"]].tolist() == pytest.approx(wanted, abs=1e-3)
+
+
+@each_seed
+def test_every_recorded_run_has_every_question_once(file):
+    frame = pd.read_parquet(file)
+    assert not frame.duplicated(["id", "method", "setting"]).any()
+    assert frame.groupby(["method", "setting"]).id.nunique().eq(frame.id.nunique()).all()
+    forced = frame[frame.method.isin(["TCC+BF", "RS+BF"]) | frame.setting.str.startswith("max=")]
+    assert (forced.thinking_tokens <= forced.setting.str.removeprefix("max=").astype(int)).all()
+    cut = frame[(frame.method == "TCC+BF") & (frame.end_reason == "maximum")]
+    assert (cut.thinking_tokens == cut.setting.astype(int)).all(), "who is cut has used the maximum up"
+    drawn = frame[frame.method == "RS"]
+    assert (drawn.accepted == (drawn.end_reason == "natural")).all() and not (drawn.correct & ~drawn.accepted).any()

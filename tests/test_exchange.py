@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from s1book.cli import main
 from s1book.config import S1Error, project_root
 from s1book.diff import card_differences, compare, differences, read_evaluation
-from s1book.exchange import halves, read_results, read_samples, setting_of, task_of, write_samples
+from s1book.exchange import (
+    COUNTED,
+    halves,
+    read_results,
+    read_samples,
+    setting_of,
+    task_of,
+    write_samples,
+)
 from s1book.pool import question_hash
 from s1book.stats import accuracy_table, mcnemar
 
@@ -110,6 +118,40 @@ def test_there_and_back(tmp_path_factory, answers):
     for sent, got in zip(given_, back, strict=True):
         assert (sent["text"], sent["answer_text"]) == (got["text"], got["answer_text"])
         assert sent["correct"] == got["harness_correct"] == got["correct"]
+
+
+COUNTS = st.fixed_dictionaries({name: st.integers(0, 40_000) for name in COUNTED})
+
+
+@given(st.lists(st.lists(COUNTS, min_size=1, max_size=3), min_size=1, max_size=3))
+@settings(max_examples=30, deadline=None)
+def test_token_counts_come_back_as_they_went(tmp_path_factory, counts):
+    """One set of counts for each sample, also where a question has several."""
+    folder, rows = tmp_path_factory.mktemp("counts"), []
+    for i in range(len(counts)):
+        rows.append({"id": f"q{i}", "question": f"question {i}", "answer": "3"})
+    sent = [
+        {"id": f"q{i}", "setting": "wait=1", "text": "so", "answer_text": "Answer: 3"}
+        | {"correct": True, **each}
+        for i, samples in enumerate(counts)
+        for each in samples
+    ]
+    path = write_samples(folder / "samples_toy.jsonl", rows, sent, "wait=1")
+    back = read_samples(path, "wait=1", count=lambda text: -1)  # a count in the file is better
+    assert [[r[name] for name in COUNTED] for r in back] == [
+        [r[name] for name in COUNTED] for r in sent
+    ]
+    old = [{k: v for k, v in json.loads(x).items() if k != "token_counts"} for x in path.open()]
+    assert {r["thinking_tokens"] for r in read_samples(write(path, old))} == {None}
+
+
+@pytest.mark.parametrize(
+    "counts", [[{}, {}], [{"thinking_tokens": -1}], [{"thinking_tokens": "7"}], [{"x": 1}], 3]
+)
+def test_counts_that_do_not_fit_are_refused(tmp_path, counts):
+    bad = line(0, [said("3")]) | {"token_counts": counts}
+    with pytest.raises(S1Error, match="line 1: found token_counts that do not fit 1 samples"):
+        read_samples(write(tmp_path / "samples_x.jsonl", [bad]))
 
 
 def test_what_cannot_be_read_or_written_is_refused(tmp_path):

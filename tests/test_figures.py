@@ -1,6 +1,5 @@
 """The paper's figures and tables: every number is there, with its interval, errors are marked."""
 
-import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -103,25 +102,32 @@ def test_ours_are_the_recorded_accuracies(all_drawings):
 
 
 def test_rejection_points_by_hand(tmp_path, monkeypatch):
+    """Tokens of what was accepted; accuracy over all questions."""
     monkeypatch.setenv("S1BOOK_RUN", str(tmp_path))
     (tmp_path / "controls").mkdir()
-    runs = [
-        {
-            "RS/8": {"thinking_tokens": 4 + i, "correct": i == 0},
-            "RS+BF/8": {"thinking_tokens": 9, "correct": True},
-        }
+    rows = [
+        {"id": i, "method": "RS", "setting": "8", "thinking_tokens": 4 + i, "correct": i == 0}
+        | {"accepted": i < 2}
         for i in range(3)
     ]
-    lines = [{"method": "RS", "runs": r} for r in runs] + [{"method": "BF", "runs": {}}]
-    (tmp_path / "controls" / "records.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines)
-    )
+    rows.append(rows[0] | {"method": "RS+BF", "thinking_tokens": 9, "correct": True})
+    pd.DataFrame(rows).to_parquet(tmp_path / "controls" / "runs.parquet")
     [row] = our_rejection(Run.open("tiny")).itertuples()
-    assert (row.x, row.label) == (5, "limit 8") and row.low == pytest.approx(100 * wilson(1, 3).low)
+    assert (row.x, row.label) == (4.5, "limit 8, 2 of 3 accepted")
+    assert row.low == pytest.approx(100 * wilson(1, 3).low)
+
+
+def test_figure_6_has_a_side_of_ours(all_drawings):
+    ours_ = [p for p in all_drawings["figure-6"].panels if p.whose != "paper"]
+    assert len(ours_) == 1 and len(ours_[0].points) == 6
+    assert any("accepted" in note for note in all_drawings["figure-6"].notes)
 
 
 def test_what_is_missing_is_said(run):
-    panel, [note] = ours(run, "rejection", our_rejection)
+    def absent(run):
+        return pd.read_csv(run.read("controls/nothing.csv"))
+
+    panel, [note] = ours(run, "rejection", absent)
     assert panel == [] and "chapter 12 makes it" in note
     assert ours(None, "x", our_rejection) == ([], [])
     assert {p.whose for d in drawings() for p in d.panels} == {"paper"}  # the paper alone
@@ -191,7 +197,44 @@ def test_our_tables(run):
         "[" in cell for cell in first.iloc[:, 1:].to_numpy().ravel()
     )
     assert "tiny_hard, n = 30" in first and our_side(3, run).method.tolist()[0] == "BF"
-    assert all(isinstance(our_side(number, run), str) for number in (2, 5, 8))
+    assert our_side(5, run).setting.tolist()[0] == "fine-tuned, no Wait"
+    assert our_side(5, run).setting.tolist()[-1] == "4 x Wait"
+
+
+def test_cut_traces_are_counted_and_not_trained_on(run):
+    """Table 8: the same share as in the paper would be cut; what was not trained has no accuracy."""
+    table = our_side(8, run)
+    tokens = pd.read_parquet(project_root() / "data" / "reference" / "sft_tokens.parquet")
+    lengths = tokens.input_ids.map(len).to_numpy()
+    for row in table.itertuples():
+        assert row.cut == (lengths > row[1]).sum()
+        assert row.cut + table["keep their end"][row.Index] == row.samples == len(lengths)
+    assert abs(table.cut[0] / len(lengths) - 0.74) < 0.04 and table.cut[1] == 0
+    assert table["training length"][1] == run.preset.sft.max_length
+    accuracies = table.filter(like="n = ")
+    assert (accuracies.iloc[0] == "not trained").all()
+    assert accuracies.iloc[1].str.contains("[", regex=False).all()
+
+
+@pytest.mark.parametrize("number, key", [(2, "set"), (4, "string")])
+def test_tables_of_chapter_17_are_shown_once_they_are_there(tmp_path, monkeypatch, number, key):
+    monkeypatch.setenv("S1BOOK_RUN", str(tmp_path))
+    run = Run.open("tiny")
+    before = our_side(number, run)
+    assert isinstance(before, str) == (number == 2)
+    (tmp_path / "ablations").mkdir()
+    pd.DataFrame({"other": [1]}).to_csv(tmp_path / "ablations" / "a.csv", index=False)
+    found = pd.DataFrame({key: ["x"], "benchmark": ["tiny_hard"], "accuracy": [0.123456]})
+    found.to_csv(tmp_path / "ablations" / "b.csv", index=False)
+    shown = our_side(number, run)
+    assert shown[key].tolist() == ["x"] and shown.accuracy.tolist() == [0.123]
+
+
+def test_a_run_without_a_curve_has_no_statements(run):
+    from s1book.report import own
+
+    assert set(statement_table(own(run)).whose) == {"paper"}
+    assert set(statement_table(run).whose) == {"paper", "tiny"}
 
 
 def test_the_three_statements_hold_of_the_paper_and_are_not_assumed():

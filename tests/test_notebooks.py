@@ -20,10 +20,10 @@ FOUNDATION = ["files", "sections", "settings", "style"]  # below every chapter; 
 REFERENCE = {  # chapter -> what lies right below it: machinery, or what to look things up in
     "tiny": ["world", "pretraining"], "decontaminate": ["sources", "plain"], "traces": ["client", "store"],
     "grade": ["asking", "verifier", "columns"], "features": ["judge", "rubric"],
-    "sft": ["packing", "adapters", "training_files", "forgetting"], "engine": ["backends"], "budget": ["forcing"],
-    "controls": ["replay"], "evaluate": ["benchmarks", "exchange", "runcard"], "scaling": ["repeats"],
+    "sft": ["packing", "adapters", "training_files", "forgetting"], "engine": ["backends", "textserver"], "budget": ["forcing"],
+    "controls": ["replay"], "evaluate": ["benchmarks", "exchange", "runcard"], "scaling": ["repeats", "honest"],
     "cost": ["launch"], "serve": ["streaming", "ask", "wire"]}
-MACHINERY = ["preflight", "leaks", "card", "figures", "diff", "runner", "report", "inspector", "tables", "cli"]  # above every chapter
+MACHINERY = ["preflight", "leaks", "card", "figures", "diff", "runner", "pages", "inspector", "tables", "report", "cli"]  # above every chapter
 MODULES = sorted(p for p in Path("s1book").glob("*.py") if not p.name.startswith("_"))
 ABSOLUTE = re.compile(r"(?<![\w:/.~-])/(?:home|root|tmp|usr|Users|work|var|opt|mnt|private|srv)/|[A-Z]:\\+Users")
 
@@ -174,7 +174,7 @@ def test_modules_import_only_earlier_ones():
 
 
 @pytest.mark.parametrize("name", [*(name for names in REFERENCE.values() for name in names), "leaks", "figures",
-                                  "diff", "inspector", "tables"])
+                                  "diff", "pages", "inspector", "tables"])
 def test_reference_notebooks_run(name):
     """Their worked examples hold; no runner executes them, and so a test does."""
     names = {"__name__": "__main__"}

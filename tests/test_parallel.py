@@ -2,15 +2,17 @@
 
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s1book.budget import budget_force, make_force, seeded
-from s1book.config import Run, load_preset
+from s1book.config import Run, load_preset, project_root
 from s1book.engine import Sampling, ScriptedEngine
 from s1book.parallel import (
     ParallelError, Scorer, balanced, best_of, credit, judged, leaders, metered, open_reward, rebase, sampled, samples,
@@ -200,3 +202,68 @@ def test_records_of_samples_and_searches(world, small_model, tokenizer):
     assert engine.stats.generated == sum(r["generated"] for r in records)
     assert score.read == sum(r["read"] for r in records)
     assert all(len(r["answers"]) == len(r["scores"]) == 3 and set(r["right"]) <= {a for a in r["answers"] if a} for r in records)
+    assert all(len(r["thinking"]) == len(r["ends"]) == 3 and max(r["thinking"]) <= force.max_thinking for r in records)
+
+
+# ---------------------------------------------------------------- the recorded table
+
+RECORDED = sorted((project_root() / "data" / "reference" / "seeds").glob("*/parallel/runs.parquet"))
+each_seed = pytest.mark.parametrize("file", RECORDED, ids=lambda p: f"seed {p.parts[-3]}")
+
+
+def worth(rule, answers, scores, right):
+    """What a vote is worth, by hand: a tie is a fair draw among the leaders."""
+    cast = Counter()
+    for answer, score in zip(answers, scores):
+        if answer is not None:
+            if rule == "best-of-n":
+                cast[answer] = max(cast[answer], score)
+            else:
+                cast[answer] += 1 if rule == "majority" else score
+    tied = [a for a in cast if cast[a] >= max(cast.values()) - 1e-9]
+    return sum(a in right for a in tied) / len(tied) if tied else 0.0
+
+
+def source_of(method, k):
+    """A line of the table -> run, size of a vote (None: all), rule."""
+    if method == "budget forcing":
+        return f"wait {k}", None, "majority"
+    if method.startswith("REBASE"):
+        return f"search {k}", None, method.split(", ")[1]
+    rule, temperature = method.split(", ")
+    return f"samples {temperature}", k, rule
+
+
+def test_votes_are_recorded():
+    assert RECORDED, "no seed has recorded its votes"
+    assert all(file.stat().st_size < 100_000 for file in RECORDED)
+
+
+@each_seed
+def test_the_recorded_table_follows_from_the_recorded_votes(file):
+    runs, table = pd.read_parquet(file), pd.read_csv(file.with_name("table.csv"))
+    assert {source_of(m, k)[0] for m, k in zip(table.method, table.k)} == set(runs.run) and (table.seconds > 0).all()
+    for line in table.itertuples():
+        run, size, rule = source_of(line.method, line.k)
+        values, costs = [], []
+        for r in runs[runs.run == run].to_dict("records"):
+            whole, right = len(r["answers"]), set(r["right"])
+            size_now = size or whole
+            parts = [worth(rule, r["answers"][i:i + size_now], r["scores"][i:i + size_now], right) for i in range(0, whole, size_now)]
+            values.append(sum(parts) / len(parts))
+            read = 0 if rule == "majority" and run.startswith("samples") else r["read"]
+            costs.append([c * size_now / whole for c in (r["generated"], r["sent"], read)])
+        n, mean = len(values), sum(values) / len(values)
+        half = 1.96 * math.sqrt(sum((v - mean) ** 2 for v in values) / n / n)
+        means = [sum(c) / n for c in zip(*costs)]
+        assert [line.n, line.generated, line.sent, line.read, line.accuracy, line.half] == pytest.approx([n, *means, mean, half], abs=1e-4)
+
+
+@each_seed
+def test_every_recorded_vote_is_whole(file):
+    runs = pd.read_parquet(file)
+    assert not runs.duplicated(["run", "id"]).any() and runs.groupby("run").id.nunique().eq(runs.id.nunique()).all()
+    for r in runs.to_dict("records"):
+        sizes = {len(r[c]) for c in ("answers", "scores", "thinking", "ends")}
+        assert len(sizes) == 1 and set(r["right"]) <= set(r["answers"]) and set(r["ends"]) <= {"natural", "maximum"}
+        assert r["generated"] >= sum(r["thinking"]) - 16 * 8 or not r["run"].startswith("samples")

@@ -147,7 +147,8 @@ def count_down(
         kept.append(reply.stop_id)
     while kept and kept[-1] == mark:  # a mark without a step is no thinking
         kept.pop()
-    trace = Trace((tuple(kept),) if kept else (), ended)
+    marks = (reply.stop_id if reply.stop_id in force.answer_stops else mark,) if ended else ()
+    trace = Trace((tuple(kept),) if kept else (), ended, marks=marks)
     opened = prompt_ids if kept else prompt_ids[:-1]
     [reply] = yield [ask_answer(opened, force, trace)]
     return answered(force, trace, reply)
@@ -178,8 +179,9 @@ def draw_of(
     first = next((i for i, reply in enumerate(drawn) if fits(reply, limit)), None)
     tried = drawn if first is None else drawn[:first + 1]
     spent = sum(min(len(reply.new_ids), limit + 1) for reply in tried)
-    ids = tuple(tried[-1].new_ids[:limit])
-    return Trace((ids,) if ids else (), first is not None), first is not None, len(tried), spent
+    ids, marks = tuple(tried[-1].new_ids[:limit]), () if first is None else (tried[-1].stop_id,)
+    trace = Trace((ids,) if ids else (), first is not None, marks=marks)
+    return trace, first is not None, len(tried), spent
 
 # %% ../nbs/12_other_controls.ipynb #7c81f3db
 def reject(
@@ -215,7 +217,8 @@ def fields(
     trace, answer = forced.trace, tokenizer.decode(whole_answer(force, forced))
     ends = trace.waits + trace.ended + forced.answer_ended  # the model wrote these, too
     written = len(trace.ids) - trace.forced_tokens + len(forced.answer_ids) + ends
-    return {"thinking_tokens": len(trace.ids), "generated_tokens": written,
+    mark = "" if trace.end_mark is None else tokenizer.decode([trace.end_mark])
+    return {"thinking_tokens": len(trace.ids), "generated_tokens": written, "end_mark": mark,
             "end_reason": trace.end_reason, "correct": grade(row, answer).correct is True, **more}
 
 
@@ -298,7 +301,9 @@ def made_with(
     method: Method,  # its model and words count
 ) -> str:  # 16 hexadecimal characters
     "What a record belongs to: nothing made in another way is taken for it."
-    values = preset.model_dump_json(include={"seed", "engine", "budget", "device"})
+    engine = {"kind", "dtype", "context"}  # where a server is and how many slots change no token
+    values = preset.model_dump_json(include={"seed": True, "engine": engine, "budget": True,
+                                             "device": True})
     whole = "\n".join([values, method.name, method.says, weights_hash(method.model)])
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
 

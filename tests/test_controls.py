@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s1book import engine as engine_module
 from s1book.budget import Trace
 from s1book.config import Run, S1Error, load_preset, project_root, read_jsonl
 from s1book.controls import (
@@ -16,6 +17,7 @@ from s1book.controls import (
     draw_of, fits, made_with, measure_method, recorded_seeds, reject, rejected, run_rows, step_sample, stepped, swept,
     token_sample, wording_of,
 )
+from s1book.backends import EngineStopped
 from s1book.engine import Continuation, Continued, Sampling, ScriptedEngine
 from s1book.format import IGNORE, prompt_ids, text_ids
 from s1book.pretraining import Size, make_model, make_tokenizer
@@ -228,6 +230,31 @@ def test_records_are_kept_per_question_and_never_asked_twice(world, monkeypatch)
     assert len(read_jsonl(path)) == 9
 
 
+def test_an_engine_that_dies_half_way_leaves_what_is_finished(world, monkeypatch):
+    run, folder, rows = world
+    [method] = [m for m in methods(folder) if m.name == "TCC"]
+    rows = [rows[0] | {"id": f"q{i}"} for i in range(9)]
+    wanted = measure_method(run, method, rows, "controls/whole.jsonl")
+    real, left = engine_module.step, [90]
+
+    def failing(rack):
+        left[0] -= 1
+        if not left[0]:
+            raise RuntimeError("out of memory")
+        return real(rack)
+
+    monkeypatch.setattr(engine_module, "step", failing)
+    with pytest.raises(EngineStopped, match=r"stopped after [1-8] of 9 strategies \(RuntimeError: out of memory\)"):
+        measure_method(run, method, rows, "controls/records.jsonl")
+    kept = len(read_jsonl(run.dir / "controls/records.jsonl"))
+    assert 1 <= kept < 9
+    begun = []
+    again = replace(method, prepare=lambda t, f: lambda row: begun.append(row["id"]) or method.prepare(t, f)(row))
+    found = measure_method(run, again, rows, "controls/records.jsonl")
+    assert len(begun) == 9 - kept, "only the rest is asked for"
+    assert [r["runs"] for r in found] == [r["runs"] for r in wanted]
+
+
 def test_records_of_other_weights_words_or_budgets_are_not_taken(world, tmp_path):
     run, folder, _ = world
     method = next(methods(folder))
@@ -235,10 +262,14 @@ def test_records_of_other_weights_words_or_budgets_are_not_taken(world, tmp_path
     other.mkdir()
     (other / "model.safetensors").write_bytes(b"different")
     budget = load_preset("tiny", ["budget.max_thinking_tokens=100"])
+    kind = load_preset("tiny", ["engine.kind=vllm"])
+    assert made_with(kind, method) != made_with(load_preset("tiny"), method)
     keys = {made_with(run.preset, method), made_with(budget, method), made_with(run.preset, replace(method, model=other)),
             made_with(run.preset, replace(method, says="8")), made_with(run.preset, replace(method, name="x")),
             made_with(run.preset, replace(method, model="owner/name"))}
     assert len(keys) == 6
+    moved = load_preset("tiny", ["engine.slots=3", "engine.server={like: vllm, url: http://127.0.0.1:9/v1}"])
+    assert made_with(moved, method) == made_with(load_preset("tiny"), method), "another address, the same tokens"
 
 
 def test_a_conditional_model_is_trained_once(world, tokenizer, monkeypatch):
@@ -259,6 +290,34 @@ def test_a_conditional_model_is_trained_once(world, tokenizer, monkeypatch):
     assert len(trained) == 2, "other samples, another model"
 
 
+class Words:
+    """A tokenizer for the scripts: words are their numbers, and headers are one digit."""
+
+    ids = {"<|im_start|>": START, "\n": NEWLINE, "0": ZERO[0]}
+
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids))
+
+
+@settings(max_examples=300, deadline=None)
+@given(countdowns, st.integers(0, 30))
+def test_one_decode_gives_the_countdown_with_and_without_a_forced_end(model, maximum):
+    force, row = replace(FORCE, max_thinking=maximum), {"question": "q", "id": "q", "answer": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("s1book.controls.prompt_ids", lambda *_: OPENED)
+        patch.setattr("s1book.controls.text_ids", lambda *_: [START, *ZERO, NEWLINE])
+        patch.setattr("s1book.controls.grade", lambda row, text: type("G", (), {"correct": len(text) % 2 == 0}))
+        engine = ScriptedEngine(model)
+        [both] = engine.run([stepped(Words(), force, TINY_WORDING, 2, row)])
+    for name, last in (("SCC/2", ()), ("SCC+BF/2", ZERO)):
+        [alone] = ScriptedEngine(model).run([count_down(OPENED, force, last)])
+        found = (both[name]["thinking_tokens"], both[name]["end_reason"], both[name]["end_mark"])
+        mark = "" if alone.trace.end_mark is None else str(alone.trace.end_mark)
+        assert found == (len(alone.trace.ids), alone.trace.end_reason, mark)
+        assert both[name]["steps"] == alone.trace.ids.count(START) + bool(alone.trace.ids)
+        assert alone.trace.end_mark in ({START, END} if alone.trace.ended else {None})
+
+
 def test_a_record_says_what_it_cost_and_who_ended_it(world):
     run, folder, rows = world
     for m in methods(folder):
@@ -266,6 +325,7 @@ def test_a_record_says_what_it_cost_and_who_ended_it(world):
         assert all(r["seconds"] > 0 for r in records)
         for row in run_rows(records):
             limit = None if row["setting"] == "1" else int(row["setting"])
+            assert (row["end_mark"] != "") == (row["end_reason"] == "natural")
             assert row["end_reason"] in ("natural", "maximum") and row["generated_tokens"] >= row["thinking_tokens"] - 1
             if row["method"] in ("TCC+BF", "RS+BF"):
                 assert row["thinking_tokens"] <= limit

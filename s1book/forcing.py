@@ -280,7 +280,7 @@ class Trace:
 
     @property
     def end_mark(self) -> int | None:
-        "The last id of the mark with which the model ended it; None: it did not, or nobody kept it."
+        "Last id of the mark with which the model ended it; None: it did not, or it was not kept."
         return self.marks[-1] if self.end_reason == "natural" and self.marks else None
 
     @property

@@ -22,6 +22,7 @@ from .controls import weights_hash
 from .engine import Continuation, Continued, Strategy
 from .format import load_tokenizer, prompt_ids, text_ids
 from .grade import grade
+from .packing import PER_SAMPLE, packed, register
 
 if TYPE_CHECKING:
     import torch
@@ -141,25 +142,26 @@ def balanced(
 
 # %% ../nbs/13_parallel.ipynb #24ce9abd
 def reward_loss(
-    model: "PreTrainedModel",  # one score per token
+    model: "PreTrainedModel",  # one score per token, opened with PER_SAMPLE
     batch: list[Judged],  # B graded traces
     line_ends: frozenset[int],  # ids whose text ends with a line break
 ) -> "torch.Tensor":  # mean over all line ends
     "Cross-entropy of 'this will come out right', asked at the end of every line of a trace."
     import torch
 
-    longest = max(len(j.ids) for j in batch)
-    ids_BT = torch.tensor([j.ids + [0] * (longest - len(j.ids)) for j in batch])
-    asked_BT = torch.tensor([[t >= j.start and i in line_ends for t, i in enumerate(j.ids)]
-                             + [False] * (longest - len(j.ids)) for j in batch])
-    right_BT = torch.tensor([[float(j.right)] for j in batch]).expand(-1, longest)
-    logits_BT = model(input_ids=ids_BT.to(model.device)).logits[..., 0].float().cpu()
+    rows = packed([j.ids for j in batch])  # end to end, without pads
+    rows = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in rows.items()}
+    asked_T = torch.tensor([t >= j.start and i in line_ends
+                            for j in batch for t, i in enumerate(j.ids)])
+    right_T = torch.tensor([float(j.right) for j in batch for _ in j.ids])
+    logits_T = model(**rows).logits[0, :, 0].float().cpu()
     return torch.nn.functional.binary_cross_entropy_with_logits(
-        logits_BT[asked_BT], right_BT[asked_BT])
+        logits_T[asked_T], right_T[asked_T])
 
 
 def open_reward(
     model: str | Path,  # a language model, or a reward model's folder
+    attention: str = "sdpa",  # PER_SAMPLE to train on packed rows
 ) -> "PreTrainedModel":
     "A model with one score per token; from a language model, its body and a new head."
     from transformers import AutoModelForTokenClassification
@@ -167,7 +169,9 @@ def open_reward(
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it would tell that the head is new
-    return AutoModelForTokenClassification.from_pretrained(model, num_labels=1)
+    register()
+    return AutoModelForTokenClassification.from_pretrained(
+        model, num_labels=1, attn_implementation=attention)
 
 # %% ../nbs/13_parallel.ipynb #fd6c211f
 def one_pass(
@@ -176,13 +180,11 @@ def one_pass(
     line_ends: frozenset[int],  # ids whose text ends with a line break
     rate: float,  # learning rate at the start; it falls linearly to 0
 ) -> list[float]:  # loss of each step
-    "AdamW over the data in batches of 32 of similar length, which need few pads, in a random order."
+    "AdamW over the data in batches of 32."
     import torch
 
     optimiser, losses = torch.optim.AdamW(model.parameters(), lr=rate), []
-    alike = sorted(data, key=lambda j: len(j.ids))
-    batches = [alike[i:i + 32] for i in range(0, len(alike), 32)]
-    random.Random(0).shuffle(batches)
+    batches = [data[i:i + 32] for i in range(0, len(data), 32)]
     for i, batch in enumerate(batches):
         optimiser.param_groups[0]["lr"] = rate * (1 - i / len(batches))
         loss = reward_loss(model, batch, line_ends)
@@ -209,7 +211,7 @@ def train_reward(
     if log.exists() and (known := json.loads(log.read_text()))["made"] == made:
         return known["losses"]
     torch.manual_seed(run.preset.seed)
-    model = open_reward(base).to(run.device).train()
+    model = open_reward(base, PER_SAMPLE).to(run.device).train()
     losses = one_pass(model, data, line_ends, run.preset.sft.learning_rate)
     with atomic(folder) as aside:
         model.save_pretrained(aside)

@@ -131,7 +131,7 @@ def read_ids(
     ids = backend.tokenizer(text, add_special_tokens=False).input_ids
     return ids, wrote - len(ids)
 
-
+# %% ../nbs/textserver.ipynb #158797e6
 def written(
     backend: TextServer,
     ask: Any,  # a Continuation

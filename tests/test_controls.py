@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s1book import engine as engine_module
-from s1book.budget import Trace
+from s1book.budget import Trace, budget_force, make_force
 from s1book.config import Run, S1Error, load_preset, project_root, read_jsonl
 from s1book.controls import (
     S1_WORDING, STEPS, TINY_WORDING, ControlError, Method, bucket, conditional_model, count_down, count_steps,
-    draw_of, fits, made_with, measure_method, recorded_seeds, reject, rejected, run_rows, step_sample, stepped, swept,
+    draw_of, fields, fits, made_with, measure_method, recorded_seeds, reject, rejected, run_rows, step_sample, stepped, swept,
     token_sample, wording_of,
 )
 from s1book.backends import EngineStopped
@@ -185,6 +185,21 @@ def test_pointless_rejection_is_refused(limits, tries, temperature):
         next(reject(PROMPT, force, limits, tries))
 
 
+def test_settings_of_one_question_are_asked_in_turn_and_seconds_are_shared():
+    from s1book.engine import Continuation
+    from s1book.methods import each_of, seconds_of
+
+    def one(tokenizer, force, letter, n, row):
+        [reply] = yield [Continuation([row["start"]], n, frozenset())]
+        return {f"{letter}/{n}": {"ids": reply.new_ids}}
+
+    engine = ScriptedEngine(lambda ids: ids[-1] + 1)
+    [found] = engine.run([each_of(one)(None, None, ("A", 1), ("B", 2), {"start": 5})])
+    assert found == {"A/1": {"ids": [6]}, "B/2": {"ids": [6, 7]}} and len(engine.log) == 2
+    records = [{"id": i, "seconds": 0.5, "runs": found} for i in range(3)] + [{"id": 9, "seconds": 2.0, "runs": {"B/1": {}}}]
+    assert seconds_of(records) == {"A": 1.5, "B": 3.5}
+
+
 def test_the_worlds_have_their_words():
     assert wording_of(load_preset("tiny")) == TINY_WORDING and wording_of(load_preset("h100")) == S1_WORDING
     assert S1_WORDING.say(S1_WORDING.tokens, 2048) == "\n\nThink for up to 2048 tokens."
@@ -224,7 +239,7 @@ def test_records_are_kept_per_question_and_never_asked_twice(world, monkeypatch)
         file.write('{"made": "torn')   # killed while writing
     for m in methods(folder):
         assert measure_method(run, m, rows, "controls/records.jsonl")[:2] == found[m.name]
-    monkeypatch.setattr("s1book.controls.open_engine", None)
+    monkeypatch.setattr("s1book.methods.open_engine", None)
     for m in methods(folder):
         assert len(measure_method(run, m, rows, "controls/records.jsonl")) == 3
     assert len(read_jsonl(path)) == 9
@@ -334,17 +349,18 @@ def test_a_record_says_what_it_cost_and_who_ended_it(world):
     assert len(run_rows(records)) == 3 * 4 and {r["id"] for r in run_rows(records)} == {row["id"] for row in rows}
 
 
-def test_generated_tokens_are_those_that_the_engine_counts(world, small_model, tokenizer):
-    from s1book.budget import make_force
-    from s1book.engine import TransformersEngine
-
+@pytest.mark.parametrize("waits", [0, 1, 2])
+@pytest.mark.parametrize("often", [3, 5, 40])
+def test_generated_tokens_are_those_that_the_model_wrote(world, tokenizer, waits, often):
+    """Ends count, those that we suppressed as well; what we wrote does not."""
     run, _, rows = world
-    force, engine = make_force(tokenizer, run.preset.budget), TransformersEngine(small_model, 4, len(tokenizer))
-    for names in ({"A/x": "natural"}, {"A/x": "wait=2"}):   # one run alone is one decode
-        for row in rows:
-            [found] = engine.run([swept(tokenizer, force, "", names, row)])
-            if names["A/x"] == "natural" or found["A/x"]["end_reason"] == "maximum":
-                assert found["A/x"]["generated_tokens"] == engine.stats.generated
+    force = replace(make_force(tokenizer, run.preset.budget), ignore_end=waits)
+    stop, word = min(force.stop_ids & force.answer_stops), text_ids(tokenizer, "So")[0]
+    engine = ScriptedEngine(lambda ids: [stop, word] if len(ids) % often == 0 else word)
+    [forced] = engine.run([budget_force(prompt_ids(tokenizer, rows[0]["question"]), force)])
+    wrote = sum(len(reply.new_ids) + (reply.stop_id is not None) for _, reply in engine.log)
+    assert fields(tokenizer, force, rows[0], forced)["generated_tokens"] == wrote
+    assert forced.trace.waits == (waits if often == 3 else forced.trace.waits)
 
 
 # ---------------------------------------------------------------- the recorded table

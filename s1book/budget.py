@@ -61,7 +61,7 @@ def budget_force(
     force: Force,  # limits, tokens and mode
 ) -> Generator[list[Continuation], list[Continued], Forced]:
     "Budget forcing (paper section 3.1): a maximum, a minimum, a number of suppressed ends."
-    rules, parts, ended, left = force.rules, [], False, force.max_thinking
+    rules, parts, marks, ended, left = force.rules, [], [], False, force.max_thinking
     prompt = prompt_ids if rules.line_breaks else unbroken(force, prompt_ids)
     while left > 0:
         waits, thought = len(parts) // 2, [i for part in parts for i in part]
@@ -69,13 +69,14 @@ def budget_force(
                                    waits, ours=len(parts[-1]) if parts else 0)
         parts.append(tuple(reply.new_ids))
         ended, wait = reply.stop_id is not None, force.wait(waits)
+        marks += [reply.stop_id] * ended
         left -= rules.shared * (len(reply.new_ids) + rules.counts_end * ended)
         cost = rules.counts_wait * len(wait)
         if not ended or waits == force.ignore_end or rules.shared and left <= cost:
             break
         parts.append(wait)
         left -= rules.shared * cost
-    trace = finished(force, parts, ended)
+    trace = replace(finished(force, parts, ended), marks=tuple(marks))
     [reply] = yield [ask_answer(prompt, force, trace)]
     return answered(force, trace, reply)
 
@@ -90,7 +91,7 @@ def cut(force: Force, trace: Trace, maximum: int) -> Trace:
         if wait is None:
             return trace
         if left <= len(wait):
-            return Trace((*parts, part), True)
+            return Trace((*parts, part), True, marks=trace.marks[:len(parts) // 2 + 1])
         parts += [part, wait]
         left -= len(wait)
     return trace
@@ -99,7 +100,7 @@ def cut(force: Force, trace: Trace, maximum: int) -> Trace:
 def up_to(trace: Trace, waits: int) -> Trace:
     "The trace with at most so many Waits."
     shorter = trace.parts[:2 * waits + 1]
-    return trace if shorter == trace.parts else Trace(shorter, True)
+    return trace if shorter == trace.parts else Trace(shorter, True, marks=trace.marks[:waits + 1])
 
 
 def setting_name(waits: int) -> str:

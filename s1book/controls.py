@@ -5,36 +5,40 @@
 # %% auto #0
 __all__ = ['S1_WORDING', 'TINY_WORDING', 'STEPS', 'ControlError', 'Wording', 'wording_of', 'bucket', 'token_sample',
            'count_steps', 'step_sample', 'count_down', 'Drawn', 'fits', 'draw_of', 'reject', 'fields', 'swept',
-           'stepped', 'rejected', 'Method', 'weights_hash', 'made_with', 'measure_method', 'run_rows', 'recorded_seeds',
-           'conditional_model']
+           'stepped', 'rejected', 'conditional_model', 'Method', 'each_of', 'made_with', 'measure_method',
+           'recorded_seeds', 'run_rows', 'seconds_of', 'weights_hash']
 
 # %% ../nbs/12_other_controls.ipynb #ad4025ed
-import hashlib
 import re
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s1book.budget import (
-    Force, Forced, Trace, answered, ask_answer, make_force, seeded, sweep, whole_answer,
+    Force, Forced, Trace, answered, ask_answer, seeded, sweep, whole_answer,
 )
-from s1book.config import (
-    Preset, Run, S1Error, append_jsonl, atomic, project_root, read_jsonl,
-)
-from .engine import Continuation, Continued, Strategy, open_engine
+from .config import Preset, Run, S1Error, atomic
+from .engine import Continuation, Continued, Strategy
 from s1book.format import (
     IGNORE, Delimiters, Sample, answer_text, chat_text, plain, prompt_ids, save_samples, text_ids,
     tokenize_row,
 )
 from .grade import grade
+from s1book.methods import (
+    Method, each_of, made_with, measure_method, recorded_seeds, run_rows, seconds_of, weights_hash,
+)
 from .sft import fine_tune, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # %% ../nbs/12_other_controls.ipynb #47222bd2
+_all_ = [  # handed on from the reference notebook below
+    "Method", "each_of", "made_with", "measure_method", "recorded_seeds", "run_rows", "seconds_of",
+    "weights_hash"]
+
+
 class ControlError(S1Error):
     "A budget that cannot be said to a model, or a limit that means nothing."
 
@@ -147,7 +151,8 @@ def count_down(
         kept.append(reply.stop_id)
     while kept and kept[-1] == mark:  # a mark without a step is no thinking
         kept.pop()
-    trace = Trace((tuple(kept),) if kept else (), ended)
+    marks = (reply.stop_id if reply.stop_id in force.answer_stops else mark,) if ended else ()
+    trace = Trace((tuple(kept),) if kept else (), ended, marks=marks)
     opened = prompt_ids if kept else prompt_ids[:-1]
     [reply] = yield [ask_answer(opened, force, trace)]
     return answered(force, trace, reply)
@@ -178,8 +183,9 @@ def draw_of(
     first = next((i for i, reply in enumerate(drawn) if fits(reply, limit)), None)
     tried = drawn if first is None else drawn[:first + 1]
     spent = sum(min(len(reply.new_ids), limit + 1) for reply in tried)
-    ids = tuple(tried[-1].new_ids[:limit])
-    return Trace((ids,) if ids else (), first is not None), first is not None, len(tried), spent
+    ids, marks = tuple(tried[-1].new_ids[:limit]), () if first is None else (tried[-1].stop_id,)
+    trace = Trace((ids,) if ids else (), first is not None, marks=marks)
+    return trace, first is not None, len(tried), spent
 
 # %% ../nbs/12_other_controls.ipynb #7c81f3db
 def reject(
@@ -215,7 +221,8 @@ def fields(
     trace, answer = forced.trace, tokenizer.decode(whole_answer(force, forced))
     ends = trace.waits + trace.ended + forced.answer_ended  # the model wrote these, too
     written = len(trace.ids) - trace.forced_tokens + len(forced.answer_ids) + ends
-    return {"thinking_tokens": len(trace.ids), "generated_tokens": written,
+    mark = "" if trace.end_mark is None else tokenizer.decode([trace.end_mark])
+    return {"thinking_tokens": len(trace.ids), "generated_tokens": written, "end_mark": mark,
             "end_reason": trace.end_reason, "correct": grade(row, answer).correct is True, **more}
 
 
@@ -272,82 +279,6 @@ def rejected(
         found[f"RS+BF/{limit}"] = kept
         found[f"RS/{limit}"] = kept | {"correct": kept["correct"] and d.accepted}
     return found
-
-# %% ../nbs/12_other_controls.ipynb #43e4ac7d
-@dataclass(frozen=True)
-class Method:
-    "Runs that come out of one strategy per question."
-    name: str  # for the records
-    model: Path | str  # a model folder, or a model's name on the hub
-    prepare: Callable[[Any, Force], Callable[[dict], Strategy]]  # tokenizer, force -> row -> runs
-    says: str  # everything else that decides the tokens, in words
-
-
-def weights_hash(
-    model: Path | str,  # a model folder, or a model's name on the hub
-) -> str:
-    "A fingerprint of a model's weights; a name on the hub stands for itself."
-    digest = hashlib.sha256(b"" if Path(model).is_dir() else str(model).encode())
-    for file in sorted(Path(model).glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def made_with(
-    preset: Preset,  # seed, engine and budget count
-    method: Method,  # its model and words count
-) -> str:  # 16 hexadecimal characters
-    "What a record belongs to: nothing made in another way is taken for it."
-    values = preset.model_dump_json(include={"seed", "engine", "budget", "device"})
-    whole = "\n".join([values, method.name, method.says, weights_hash(method.model)])
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]
-
-# %% ../nbs/12_other_controls.ipynb #c1103cf6
-def measure_method(
-    run: Run,  # its preset, and where the records go
-    method: Method,  # what to run
-    rows: list[dict],  # questions
-    name: str,  # of the file of records
-) -> list[dict]:  # one record per question: made, method, id, domain, seconds, runs
-    "Ask every question that has no record yet, and append each answer at once."
-    path, made = run.write(name, keyed=True), made_with(run.preset, method)
-    known = read_jsonl(path) if path.exists() else []
-    done = {r["id"]: r for r in known if r["made"] == made}
-    missing = [row for row in rows if row["id"] not in done]
-
-    def keep(i: int, runs: dict[str, dict]) -> None:
-        nonlocal last
-        row, last, before = missing[i], time.monotonic(), last
-        done[row["id"]] = {"made": made, "method": method.name, "id": row["id"],
-                           "domain": row.get("domain", ""), "seconds": round(last - before, 6),
-                           "runs": runs}
-        append_jsonl(path, done[row["id"]])
-
-    if missing:
-        engine, tokenizer = open_engine(run.preset, method.model)
-        begin = method.prepare(tokenizer, make_force(tokenizer, run.preset.budget))
-        last = time.monotonic()
-        engine.run([begin(row) for row in missing], keep)
-    return [done[row["id"]] for row in rows]
-
-# %% ../nbs/12_other_controls.ipynb #b7363eb6
-def run_rows(
-    records: Iterable[dict],  # of measure_method
-) -> list[dict]:  # id, method, setting, and the measured fields
-    "Records as a flat table: one row for every run of every question."
-    return [{"id": r["id"]} | dict(zip(("method", "setting"), name.split("/"))) | measured
-            for r in records for name, measured in r["runs"].items()]
-
-
-def recorded_seeds(
-    run: Run,  # of a preset that was recorded
-    name: str,  # artefact
-) -> dict[str, Path]:  # "seed 0" -> its file
-    "What other runs have recorded of an artefact, seed by seed."
-    folders = sorted((project_root() / "data" / "reference" / "seeds").glob("*"))
-    found = {f"seed {folder.name}": folder / name for folder in folders}
-    return {seed: file for seed, file in found.items() if run.name == "tiny" and file.exists()}
-
 
 # %% ../nbs/12_other_controls.ipynb #b42e1b66
 def conditional_model(

@@ -269,7 +269,7 @@ def figure_4(run: Run | None) -> Drawing:
               Panel("GPQA-Diamond, vote", "paper", corrected, x="output tokens per question")]
     one, note = ours(run, "tiny_hard, sequential", lambda run: our_curve(run, "tiny_hard"))
     kinds = ["budget forcing", "majority, T=1.0", "majority, T=0.5"]
-    two, more = ours(run, "tiny_mixed (48), vote", lambda run: our_parallel(run, kinds),
+    two, more = ours(run, "tiny_mixed (40), vote", lambda run: our_parallel(run, kinds),
                      x="generated tokens per question")
     notes = ["4b is drawn per question; maj@2 is listed in the paper's caption and not drawn.",
              *note, *more]
@@ -291,7 +291,7 @@ def figure_6(run: Run | None) -> Drawing:
 def figure_7(run: Run | None) -> Drawing:
     """Sequential against parallel scaling."""
     kinds = ["budget forcing", "majority, T=1.0", "REBASE, majority"]
-    panel, notes = ours(run, "tiny_mixed (48)", lambda run: our_parallel(run, kinds),
+    panel, notes = ours(run, "tiny_mixed (40)", lambda run: our_parallel(run, kinds),
                         x="generated tokens per question")
     paper = Panel("AIME24, older model", "paper", paper_points("7"),
                   x="thinking tokens, all samples")

@@ -10,7 +10,7 @@ __all__ = ['MODES', 'ForceError', 'Rules', 'Words', 'Force', 'byte_of', 'token_b
 # %% ../nbs/forcing.ipynb #eca11f53
 import codecs
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -260,6 +260,8 @@ class Trace:
     parts: tuple[tuple[int, ...], ...]  # even places: written by the model; odd ones: forced
     ended: bool  # True: by the model; False: by the maximum
     dropped: tuple[int, ...] = ()  # thought beyond the maximum and cut off (mode paper-eval)
+    marks: tuple[int, ...] = field(default=(), compare=False)  # last id of every end that the
+    # model wrote, of suppressed ones too
 
     @property
     def ids(self) -> list[int]:
@@ -275,6 +277,11 @@ class Trace:
     def waits(self) -> int:
         "How many ends were suppressed."
         return len(self.parts) // 2
+
+    @property
+    def end_mark(self) -> int | None:
+        "Last id of the mark with which the model ended it; None: it did not, or it was not kept."
+        return self.marks[-1] if self.end_reason == "natural" and self.marks else None
 
     @property
     def end_reason(self) -> str:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from transformers import PreTrainedTokenizerFast
 
 from conftest import make_model
 from s1book.ask import (
@@ -29,6 +30,8 @@ from s1book.engine import Sampling, TransformersEngine
 from s1book.format import S1
 from s1book.streaming import Writer
 from test_engine import sharp_model
+from test_servers import script
+from token_server import TokenServer
 from test_forcing import (
     FORCE,
     PROMPT,
@@ -214,6 +217,13 @@ def test_a_page_is_written_aside(tmp_path):
             "found neither a folder nor a model on the hub",
         ),
         (["ask", PHRASE, "--set", "engine.context=40"], 2, "engine.context"),
+        (["ask", "Largest of" + " a2" * 1100 + " ?"], 1, "found a context of 1024, wanted at least"),
+        (
+            ["ask", PHRASE, "--set", "engine.kind=server", "--set",
+             "engine.server={like: transformers, url: 'http://127.0.0.1:9/v1', tries: 1}"],
+            1,
+            "The engine stopped after 0 of 1 strategies (Transient: Connection error",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_an_exit_code(arguments, code, words, capsys, monkeypatch):
@@ -223,6 +233,34 @@ def test_bad_input_is_one_sentence_and_an_exit_code(arguments, code, words, caps
     err = capsys.readouterr().err
     assert ending.value.code == code and words in err and "Traceback" not in err
     assert code == 2 or err.startswith("s1book: ") and err.count("\n") == 1
+
+
+def test_a_tokenizer_that_merges_the_mark_is_refused(tmp_path, capsys):
+    """A line break and the first sign of the mark are one token: the end could not be seen."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, "\u010a<", "<|endoftext|>"])}
+    merging = Tokenizer(models.BPE(vocab=vocab, merges=[("\u010a", "<")]))
+    merging.pre_tokenizer, merging.decoder = pre_tokenizers.ByteLevel(False, use_regex=False), decoders.ByteLevel()
+    own = PreTrainedTokenizerFast(tokenizer_object=merging, eos_token="<|endoftext|>")
+    own.chat_template = "{{ messages[0]['content'] }}"
+    own.save_pretrained(tmp_path)
+    make_model(len(own)).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as ending:
+        main(["ask", "What is a moon?", "--model", str(tmp_path)])
+    err = capsys.readouterr().err
+    assert ending.value.code == 1 and "merges the mark '</think>' with the line break before it" in err
+    assert err.startswith("s1book: ") and err.count("\n") == 1
+
+
+def test_a_server_is_asked_too():
+    with TokenServer(script, model="sft") as server:
+        own = ["engine.kind=server", "engine.server={like: vllm, url: " + server.url + "}"]
+        out = io.StringIO()
+        result = ask(Run.open("tiny", own), PHRASE, Wish(max_thinking=20, wait=1), Console(file=out))
+        assert summary(result) in out.getvalue() and len(result.trace.ids) <= 20
+        assert {body["model"] for body in server.bodies} == {"sft"} and len(server.bodies) >= 2
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -225,3 +225,21 @@ def test_forced_is_plain_data():
 def test_a_grader_sees_the_final_answer_that_we_wrote_and_no_other(ended, whole):
     trace = Trace(((9,),), ended)
     assert whole_answer(FORCE, Forced(trace, closing(FORCE, trace), (7, 8), True)) == whole
+
+
+@settings(max_examples=200, deadline=None)
+@given(models, forces)
+def test_the_marks_of_all_ends_are_kept(model, force):
+    """Which mark the model wrote at each end, suppressed ends too; cuts and shorter runs know their own."""
+    engine = ScriptedEngine(model)
+    [result] = engine.run([budget_force(PROMPT, force)])
+    trace, stops = result.trace, [reply.stop_id for ask, reply in engine.log if ask.phase == "thinking"]
+    assert list(trace.marks) == [stop for stop in stops if stop is not None] and set(trace.marks) <= {START, END}
+    assert trace.end_mark == (stops[-1] if trace.ended else None)
+    for n in range(trace.waits + 1):
+        assert up_to(trace, n).marks == trace.marks[:n + 1]
+        [alone] = ScriptedEngine(model).run([budget_force(PROMPT, replace(force, ignore_end=n))])
+        assert up_to(trace, n).end_mark == alone.trace.end_mark
+    for b in range(1, force.max_thinking + 1):
+        [alone] = ScriptedEngine(model).run([budget_force(PROMPT, replace(force, max_thinking=b))])
+        assert cut(force, trace, b) == alone.trace and cut(force, trace, b).end_mark == alone.trace.end_mark

@@ -9,13 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s1book.budget import Trace
+from s1book import engine as engine_module
+from s1book.budget import Trace, budget_force, make_force
 from s1book.config import Run, S1Error, load_preset, project_root, read_jsonl
 from s1book.controls import (
     S1_WORDING, STEPS, TINY_WORDING, ControlError, Method, bucket, conditional_model, count_down, count_steps,
-    draw_of, fits, made_with, measure_method, recorded_seeds, reject, rejected, run_rows, step_sample, stepped, swept,
+    draw_of, fields, fits, made_with, measure_method, recorded_seeds, reject, rejected, run_rows, step_sample, stepped, swept,
     token_sample, wording_of,
 )
+from s1book.backends import EngineStopped
 from s1book.engine import Continuation, Continued, Sampling, ScriptedEngine
 from s1book.format import IGNORE, prompt_ids, text_ids
 from s1book.pretraining import Size, make_model, make_tokenizer
@@ -183,6 +185,21 @@ def test_pointless_rejection_is_refused(limits, tries, temperature):
         next(reject(PROMPT, force, limits, tries))
 
 
+def test_settings_of_one_question_are_asked_in_turn_and_seconds_are_shared():
+    from s1book.engine import Continuation
+    from s1book.methods import each_of, seconds_of
+
+    def one(tokenizer, force, letter, n, row):
+        [reply] = yield [Continuation([row["start"]], n, frozenset())]
+        return {f"{letter}/{n}": {"ids": reply.new_ids}}
+
+    engine = ScriptedEngine(lambda ids: ids[-1] + 1)
+    [found] = engine.run([each_of(one)(None, None, ("A", 1), ("B", 2), {"start": 5})])
+    assert found == {"A/1": {"ids": [6]}, "B/2": {"ids": [6, 7]}} and len(engine.log) == 2
+    records = [{"id": i, "seconds": 0.5, "runs": found} for i in range(3)] + [{"id": 9, "seconds": 2.0, "runs": {"B/1": {}}}]
+    assert seconds_of(records) == {"A": 1.5, "B": 3.5}
+
+
 def test_the_worlds_have_their_words():
     assert wording_of(load_preset("tiny")) == TINY_WORDING and wording_of(load_preset("h100")) == S1_WORDING
     assert S1_WORDING.say(S1_WORDING.tokens, 2048) == "\n\nThink for up to 2048 tokens."
@@ -222,10 +239,35 @@ def test_records_are_kept_per_question_and_never_asked_twice(world, monkeypatch)
         file.write('{"made": "torn')   # killed while writing
     for m in methods(folder):
         assert measure_method(run, m, rows, "controls/records.jsonl")[:2] == found[m.name]
-    monkeypatch.setattr("s1book.controls.open_engine", None)
+    monkeypatch.setattr("s1book.methods.open_engine", None)
     for m in methods(folder):
         assert len(measure_method(run, m, rows, "controls/records.jsonl")) == 3
     assert len(read_jsonl(path)) == 9
+
+
+def test_an_engine_that_dies_half_way_leaves_what_is_finished(world, monkeypatch):
+    run, folder, rows = world
+    [method] = [m for m in methods(folder) if m.name == "TCC"]
+    rows = [rows[0] | {"id": f"q{i}"} for i in range(9)]
+    wanted = measure_method(run, method, rows, "controls/whole.jsonl")
+    real, left = engine_module.step, [90]
+
+    def failing(rack):
+        left[0] -= 1
+        if not left[0]:
+            raise RuntimeError("out of memory")
+        return real(rack)
+
+    monkeypatch.setattr(engine_module, "step", failing)
+    with pytest.raises(EngineStopped, match=r"stopped after [1-8] of 9 strategies \(RuntimeError: out of memory\)"):
+        measure_method(run, method, rows, "controls/records.jsonl")
+    kept = len(read_jsonl(run.dir / "controls/records.jsonl"))
+    assert 1 <= kept < 9
+    begun = []
+    again = replace(method, prepare=lambda t, f: lambda row: begun.append(row["id"]) or method.prepare(t, f)(row))
+    found = measure_method(run, again, rows, "controls/records.jsonl")
+    assert len(begun) == 9 - kept, "only the rest is asked for"
+    assert [r["runs"] for r in found] == [r["runs"] for r in wanted]
 
 
 def test_records_of_other_weights_words_or_budgets_are_not_taken(world, tmp_path):
@@ -235,10 +277,14 @@ def test_records_of_other_weights_words_or_budgets_are_not_taken(world, tmp_path
     other.mkdir()
     (other / "model.safetensors").write_bytes(b"different")
     budget = load_preset("tiny", ["budget.max_thinking_tokens=100"])
+    kind = load_preset("tiny", ["engine.kind=vllm"])
+    assert made_with(kind, method) != made_with(load_preset("tiny"), method)
     keys = {made_with(run.preset, method), made_with(budget, method), made_with(run.preset, replace(method, model=other)),
             made_with(run.preset, replace(method, says="8")), made_with(run.preset, replace(method, name="x")),
             made_with(run.preset, replace(method, model="owner/name"))}
     assert len(keys) == 6
+    moved = load_preset("tiny", ["engine.slots=3", "engine.server={like: vllm, url: http://127.0.0.1:9/v1}"])
+    assert made_with(moved, method) == made_with(load_preset("tiny"), method), "another address, the same tokens"
 
 
 def test_a_conditional_model_is_trained_once(world, tokenizer, monkeypatch):
@@ -259,6 +305,34 @@ def test_a_conditional_model_is_trained_once(world, tokenizer, monkeypatch):
     assert len(trained) == 2, "other samples, another model"
 
 
+class Words:
+    """A tokenizer for the scripts: words are their numbers, and headers are one digit."""
+
+    ids = {"<|im_start|>": START, "\n": NEWLINE, "0": ZERO[0]}
+
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids))
+
+
+@settings(max_examples=300, deadline=None)
+@given(countdowns, st.integers(0, 30))
+def test_one_decode_gives_the_countdown_with_and_without_a_forced_end(model, maximum):
+    force, row = replace(FORCE, max_thinking=maximum), {"question": "q", "id": "q", "answer": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("s1book.controls.prompt_ids", lambda *_: OPENED)
+        patch.setattr("s1book.controls.text_ids", lambda *_: [START, *ZERO, NEWLINE])
+        patch.setattr("s1book.controls.grade", lambda row, text: type("G", (), {"correct": len(text) % 2 == 0}))
+        engine = ScriptedEngine(model)
+        [both] = engine.run([stepped(Words(), force, TINY_WORDING, 2, row)])
+    for name, last in (("SCC/2", ()), ("SCC+BF/2", ZERO)):
+        [alone] = ScriptedEngine(model).run([count_down(OPENED, force, last)])
+        found = (both[name]["thinking_tokens"], both[name]["end_reason"], both[name]["end_mark"])
+        mark = "" if alone.trace.end_mark is None else str(alone.trace.end_mark)
+        assert found == (len(alone.trace.ids), alone.trace.end_reason, mark)
+        assert both[name]["steps"] == alone.trace.ids.count(START) + bool(alone.trace.ids)
+        assert alone.trace.end_mark in ({START, END} if alone.trace.ended else {None})
+
+
 def test_a_record_says_what_it_cost_and_who_ended_it(world):
     run, folder, rows = world
     for m in methods(folder):
@@ -266,6 +340,7 @@ def test_a_record_says_what_it_cost_and_who_ended_it(world):
         assert all(r["seconds"] > 0 for r in records)
         for row in run_rows(records):
             limit = None if row["setting"] == "1" else int(row["setting"])
+            assert (row["end_mark"] != "") == (row["end_reason"] == "natural")
             assert row["end_reason"] in ("natural", "maximum") and row["generated_tokens"] >= row["thinking_tokens"] - 1
             if row["method"] in ("TCC+BF", "RS+BF"):
                 assert row["thinking_tokens"] <= limit
@@ -274,17 +349,18 @@ def test_a_record_says_what_it_cost_and_who_ended_it(world):
     assert len(run_rows(records)) == 3 * 4 and {r["id"] for r in run_rows(records)} == {row["id"] for row in rows}
 
 
-def test_generated_tokens_are_those_that_the_engine_counts(world, small_model, tokenizer):
-    from s1book.budget import make_force
-    from s1book.engine import TransformersEngine
-
+@pytest.mark.parametrize("waits", [0, 1, 2])
+@pytest.mark.parametrize("often", [3, 5, 40])
+def test_generated_tokens_are_those_that_the_model_wrote(world, tokenizer, waits, often):
+    """Ends count, those that we suppressed as well; what we wrote does not."""
     run, _, rows = world
-    force, engine = make_force(tokenizer, run.preset.budget), TransformersEngine(small_model, 4, len(tokenizer))
-    for names in ({"A/x": "natural"}, {"A/x": "wait=2"}):   # one run alone is one decode
-        for row in rows:
-            [found] = engine.run([swept(tokenizer, force, "", names, row)])
-            if names["A/x"] == "natural" or found["A/x"]["end_reason"] == "maximum":
-                assert found["A/x"]["generated_tokens"] == engine.stats.generated
+    force = replace(make_force(tokenizer, run.preset.budget), ignore_end=waits)
+    stop, word = min(force.stop_ids & force.answer_stops), text_ids(tokenizer, "So")[0]
+    engine = ScriptedEngine(lambda ids: [stop, word] if len(ids) % often == 0 else word)
+    [forced] = engine.run([budget_force(prompt_ids(tokenizer, rows[0]["question"]), force)])
+    wrote = sum(len(reply.new_ids) + (reply.stop_id is not None) for _, reply in engine.log)
+    assert fields(tokenizer, force, rows[0], forced)["generated_tokens"] == wrote
+    assert forced.trace.waits == (waits if often == 3 else forced.trace.waits)
 
 
 # ---------------------------------------------------------------- the recorded table

@@ -335,3 +335,65 @@ def test_without_vllm_a_sentence_says_what_to_do(tiny_folder):
 def test_importing_loads_no_torch():
     code = "import sys, s1book.engine, s1book.budget; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---------------------------------------------------------------- adapters
+
+@pytest.fixture
+def adapted(tmp_path, tiny_folder):
+    """The folder of a LoRA adapter that changes much, and its base with the adapter added to the weights."""
+    peft = pytest.importorskip("peft")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(7)
+    config = peft.LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype="float64"), config)
+    model.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", model.merge_and_unload().eval()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_adapter_thinks_and_answers_as_its_merged_weights_do(adapted, tiny_folder, temperature):
+    from dataclasses import replace
+
+    from s1book.budget import budget_force, make_force
+
+    folder, merged = adapted
+    preset = load_preset("tiny", ["engine.slots=3"])
+    preset = preset.model_copy(update={"engine": preset.engine.model_copy(update={"dtype": "float64"})})
+    engine, tokenizer = open_engine(preset, folder)
+    assert any("lora" in name for name, _ in engine.model.named_parameters()), "the adapter is apart from the weights"
+    base, _ = open_engine(preset, tiny_folder)
+    force = replace(make_force(tokenizer, preset.budget), max_thinking=40, ignore_end=2, min_thinking=20)
+
+    def run(engine):
+        return engine.run([budget_force([30 + i, 40, 50], replace(force, sampling=Sampling(temperature, i))) for i in range(7)])
+
+    found = run(engine)
+    assert found == run(TransformersEngine(merged, 3, len(tokenizer)))
+    assert found == run(TransformersEngine(engine.model, 1, len(tokenizer))), "one at a time"
+    assert all(a.trace != b.trace for a, b in zip(found, run(base))), "the adapter works while thinking"
+    if not temperature:
+        assert [drive(merged, budget_force([30 + i, 40, 50], force)) for i in range(2)] == found[:2]
+
+
+def test_neighbours_in_a_batch_share_no_noise(model):
+    """Two requests for the same token, side by side: they agree as often as independent draws, with whatever seeds."""
+    import torch
+
+    def pair(seeds):
+        return [r.new_ids[0] for r in (yield [Continuation([9, 8, 7], 1, frozenset(), Sampling(2.0, s)) for s in seeds])]
+
+    n, engine = 1500, TransformersEngine(model, 64)
+    with torch.inference_mode():
+        p = (model(input_ids=torch.tensor([[9, 8, 7]])).logits[0, -1] / 2.0).softmax(-1)
+    agree = (p ** 2).sum().item()
+    found = engine.run([pair((i, i + 10 ** 6)) for i in range(n)])
+    same = sum(a == b for a, b in found)
+    assert abs(same - n * agree) < 5 * (n * agree * (1 - agree)) ** 0.5 + 1
+    assert all(a == b for a, b in engine.run([pair((i, i)) for i in range(50)])), "the same seed is the same draw"
+    later = [a for a, _ in found[1:]] + [found[0][0]]
+    moved = sum(a == b for (_, a), b in zip(found, later))
+    assert abs(moved - n * agree) < 5 * (n * agree * (1 - agree)) ** 0.5 + 1

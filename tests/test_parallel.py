@@ -15,9 +15,10 @@ from s1book.budget import budget_force, make_force, seeded
 from s1book.config import Run, load_preset, project_root
 from s1book.engine import Sampling, ScriptedEngine
 from s1book.parallel import (
-    ParallelError, Scorer, balanced, best_of, credit, judged, leaders, metered, open_reward, rebase, sampled, samples,
+    ParallelError, Scorer, balanced, best_of, credit, judged, leaders, metered, open_reward, rebase, reward_loss, sampled, samples,
     searched, tally, train_reward, widths,
 )
+from s1book.packing import PER_SAMPLE
 from s1book.world import make_problem, to_row
 
 from test_budget import FORCE, PROMPT
@@ -182,6 +183,24 @@ def test_a_reward_model_learns_is_kept_and_reads_equal_texts_once(world, tokeniz
     assert together == pytest.approx([score([t])[0] for t in texts], abs=1e-5), "padding changes nothing"
     last = score.model(input_ids=torch.tensor([data[0].ids])).logits[0, -1, 0].sigmoid().item()
     assert together[0] == pytest.approx(last, abs=1e-5), "a text is judged at its last token"
+
+
+def test_the_loss_of_packed_rows_is_that_of_every_sample_alone(world, tokenizer):
+    run, folder, rows = world
+    ends = make_force(tokenizer, run.preset.budget).line_ends
+    longer = [r | {"trace": "fours:\nSo 1\n" * (1 + k % 3)} for k, r in enumerate(rows[:7])]
+    batch, terms = judged(tokenizer, longer), []
+    torch.manual_seed(0)
+    model = open_reward(folder, PER_SAMPLE)
+    plain = open_reward(folder)
+    plain.load_state_dict(model.state_dict())
+    for j in batch:
+        logits = plain(input_ids=torch.tensor([j.ids])).logits[0, :, 0]
+        for t, i in enumerate(j.ids):
+            if t >= j.start and i in ends:
+                p = logits[t].sigmoid().item()
+                terms.append(-math.log(p if j.right else 1 - p))
+    assert reward_loss(model, batch, ends).item() == pytest.approx(sum(terms) / len(terms), abs=1e-5)
 
 
 def test_balanced_takes_no_more_than_there_are():

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['S1K_SCHEMA', 'DATA_FILE', 'CARD_FILE', 'COLUMN_NOTES', 'LICENCES', 'UNKNOWN_LICENCE', 'LIMITS', 'CARD_ROWS',
-           'CARD_ORIGIN', 'licence_of', 'source_table', 'file_hash', 'refused_sources', 'CardFacts', 'card_metadata',
-           'shown_preset', 'known_limits', 'dataset_card', 'save_dataset', 'check_saved', 'push_dataset']
+           'CARD_ORIGIN', 'licence_of', 'source_table', 'refused_sources', 'CardFacts', 'card_metadata', 'shown_preset',
+           'known_limits', 'dataset_card', 'save_dataset', 'check_saved', 'push_dataset']
 
 # %% ../nbs/card.ipynb #ca4e0004
 import csv
-import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from .config import Preset, S1Error, atomic
+from .config import Preset, S1Error, atomic, file_hash
 from .pool import SCHEMA, write_rows
 from .select import BY_BENCHMARK, WHOLE_POOL, Step, by_domain
 
@@ -74,14 +73,6 @@ def source_table(
     return {source: (n, licence_of(source)[1]) for source, n in counted.most_common()}
 
 # %% ../nbs/card.ipynb #ca4d0005
-def file_hash(
-    path: Path,  # an artefact
-) -> str:  # SHA-256 of its bytes
-    "What a card needs to say which file a set was made from."
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def refused_sources(
     ledger: Path,  # pool_ledger.csv
 ) -> tuple[str, ...]:  # what was said when each was left out

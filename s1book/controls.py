@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from s1book.budget import (
     Force, Forced, Trace, answered, ask_answer, make_force, seeded, sweep, whole_answer,
 )
-from .config import Preset, Run, S1Error, append_jsonl, atomic, read_jsonl
+from s1book.config import (
+    Preset, Run, S1Error, append_jsonl, atomic, file_hash, files_hash, read_jsonl,
+)
 from .engine import Continuation, Continued, Strategy, open_engine
 from s1book.format import (
     IGNORE, Delimiters, Sample, answer_text, chat_text, plain, prompt_ids, save_samples, text_ids,
@@ -278,10 +280,10 @@ def weights_hash(
     model: Path | str,  # a model folder, or a model's name on the hub
 ) -> str:
     "A fingerprint of a model's weights; a name on the hub stands for itself."
-    digest = hashlib.sha256(b"" if Path(model).is_dir() else str(model).encode())
-    for file in sorted(Path(model).glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    files = sorted(Path(model).glob("*.safetensors"))
+    if len(files) == 1:
+        return file_hash(files[0])
+    return files_hash(files, b"" if Path(model).is_dir() else str(model).encode())
 
 
 def made_with(

@@ -233,13 +233,14 @@ def plan(
     "Every stage that costs money: tokens, FLOPs, hours, dollars."
     n, sft, size = parameters(preset.model.shape), preset.sft, preset.pool.size
     judged = (preset.grade.grader == "judge") + (preset.features.domain == "llm")
-    tried = 2 * size * min(ANSWER, sft.mean_length)  # two models; the small one counted as the base
+    tried = size * min(ANSWER, sft.mean_length)  # by each of two models
+    both = n + (preset.model.small_weights or n)
     trained = preset.select.size * sft.epochs * min(sft.mean_length, sft.max_length)
     generated = _evaluation_tokens(preset)
     return [
         _bought("traces", preset.teacher.server, size * (preset.teacher.kind == "openai")),
         _bought("judge", preset.judge.server, size * judged),
-        _computed(preset, "difficulty", tried, 2 * n * tried, GENERATION),
+        _computed(preset, "difficulty", 2 * tried, 2 * both * tried, GENERATION),
         _computed(preset, "training", trained, train_flops(preset), preset.launch.utilisation),
         _computed(preset, "evaluation", generated, 2 * n * generated, GENERATION)]
 

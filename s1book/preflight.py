@@ -6,7 +6,6 @@
 __all__ = ['Check', 'estimates', 'check_weights', 'check_server', 'doctor']
 
 # %% ../nbs/preflight.ipynb #72f07260
-import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from s1book.config import (
-    Preset, Run, Server, kv_bytes, parameters, project_root, show_path,
+    Preset, Run, Server, file_hash, kv_bytes, parameters, project_root, show_path,
 )
 from .cost import memory, train_seconds
 
@@ -140,7 +139,7 @@ def check_weights(
         file = folder / name
         if not file.is_file():
             found = f"{name} missing"
-        elif hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        elif file_hash(file) != digest:
             found = f"{name} altered"
     advice = f"restore {show_path(folder)} from git"
     return Check("tiny weights", found, "as shipped", found == "as shipped", advice, stops=needed)

@@ -8,7 +8,6 @@ __all__ = ['COLUMNS', 'TrainingError', 'sample_fault', 'load_samples', 'check_mo
 
 # %% ../nbs/training_files.ipynb #97a6ece9
 import csv
-import hashlib
 import json
 import math
 from collections import deque
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters import merge
-from .config import Preset, S1Error, atomic, show_path
+from .config import Preset, S1Error, atomic, files_hash, show_path
 from .format import IGNORE
 
 if TYPE_CHECKING:
@@ -103,11 +102,8 @@ def fingerprint(
 ) -> str:  # 16 hexadecimal characters
     "A name for a training: the same settings, base weights and samples have the same one."
     what = [preset.seed, preset.model.dtype, preset.sft.model_dump(mode="json"), Path(model).name]
-    digest = hashlib.sha256(json.dumps(what).encode())
-    for file in (*sorted(Path(model).glob("*.safetensors")), tokens):
-        with open(file, "rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()[:16]
+    files = *sorted(Path(model).glob("*.safetensors")), tokens
+    return files_hash(files, json.dumps(what).encode())[:16]
 
 
 def last_complete(

@@ -69,6 +69,13 @@ def test_flops_and_dollars_by_hand():
     assert all(s.dollars == 0 for s in plan(load_preset("tiny")))
 
 
+def test_each_difficulty_model_is_counted_by_its_own_size():
+    base, small, tried = 32_762_757_120, 7_615_616_512, 1000 * 640
+    for change, weights in (([], base + small), (["model.small_weights=0"], 2 * base)):
+        stage = {s.name: s for s in plan(load_preset("h100", change))}["difficulty"]
+        assert (stage.tokens, stage.flops) == (2 * tried, 2 * weights * tried)
+
+
 def test_recorded_peaks_are_what_the_count_says_today():
     table = pd.read_csv(project_root() / "data" / "reference" / "memory.csv")
     assert table["size"].nunique() == 3 and len(table) == 6

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters import merge
 from .config import Preset, S1Error, atomic, files_hash, show_path
-from .format import IGNORE
+from .format import IGNORE, tokenizer_mark
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,7 +74,15 @@ def check_model(
     samples: "Dataset",  # input_ids and labels
     tokens: Path,  # the file they came from
 ) -> None:
-    "Refuse samples that another model's tokenizer made: none of them ends with this model's end."
+    "Refuse samples of another tokenizer: by the mark in their file, or because none of them ends."
+    import pyarrow.parquet as pq
+
+    mark = (pq.read_schema(tokens).metadata or {}).get(b"tokenizer", b"").decode()
+    if mark and mark != tokenizer_mark(tokenizer):
+        raise TrainingError(
+            f"{show_path(tokens)}: found samples of tokenizer {mark}, wanted those of "
+            f"{tokenizer_mark(tokenizer)}, the tokenizer of {show_path(Path(model))}; "
+            "run chapter 08 again with this base.")
     if not any(ids[-1] == tokenizer.eos_token_id for ids in samples["input_ids"]):
         raise TrainingError(
             f"{show_path(tokens)}: found no sample that ends with {tokenizer.eos_token} of "

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from s1book.cli import main
 from s1book.config import load_preset, parameters, project_root
 from s1book.cost import (
-    activation_bytes, knob, logit_bytes, memory, plan, plan_lines, state_bytes,
+    activation_bytes, host_bytes, knob, logit_bytes, memory, plan, plan_lines, state_bytes,
     train_flops,
 )
 
@@ -67,6 +67,13 @@ def test_flops_and_dollars_by_hand():
     assert lines["judge"].dollars == pytest.approx(1000 * 200 * 15 / 1e6)
     assert {s.name: s.dollars for s in plan(H100)}["traces"] == 0
     assert all(s.dollars == 0 for s in plan(load_preset("tiny")))
+
+
+def test_a_machine_holds_a_float32_copy_for_each_of_its_processes():
+    assert host_bytes(H100) == 8 * 4 * 32_762_757_120
+    assert host_bytes(load_preset("h100", ["sft.sharding=none"])) == 0 == host_bytes(load_preset("tiny"))
+    said = [line for line in plan_lines(H100, "h100") if line.startswith("CPU memory")]
+    assert said == ["CPU memory of one machine while the weights are handed out: 1,048 GB"]
 
 
 def test_each_difficulty_model_is_counted_by_its_own_size():

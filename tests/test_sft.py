@@ -530,6 +530,24 @@ def test_another_model_and_no_model_are_refused(tokens, tiny_folder):
     assert {p.name for p in tokens.parent.iterdir()} == {tokens.name, tiny_folder.name}
 
 
+def test_samples_of_another_tokenizer_are_refused_by_its_mark(tokens, tiny_folder, tiny_tokenizer):
+    train(tokens, tiny_folder, "sft", load_preset("tiny", ["sft.epochs=1"]))  # no mark, no refusal
+    rows = pd.read_parquet(tokens)
+    samples = [Sample(r.question_hash, [*r.input_ids], [*r.labels]) for r in rows.itertuples()]
+    save_samples(samples, tokens, tiny_tokenizer)
+    train(tokens, tiny_folder, "good", load_preset("tiny", ["sft.epochs=1"]))
+    before = (tokens.parent / "sft" / "model.safetensors").read_bytes()
+    file = tiny_folder / "tokenizer.json"  # as many words and the same end, but two change places
+    values = json.loads(file.read_text())
+    vocab = values["model"]["vocab"]
+    vocab["How"], vocab["many"] = vocab["many"], vocab["How"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(TrainingError, match=r"found samples of tokenizer \w{16}, wanted those of"):
+        train(tokens, tiny_folder, "sft")
+    assert (tokens.parent / "sft" / "model.safetensors").read_bytes() == before
+    assert not (tokens.parent / "sft_work").exists()
+
+
 def test_paired_change_against_scipy():
     from scipy import stats
 

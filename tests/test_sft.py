@@ -505,6 +505,30 @@ def test_a_missing_package_is_refused_before_any_work(tokens, tiny_folder, monke
         base_weights(load_preset("h100", four), str(tiny_folder), "sdpa")
 
 
+@pytest.mark.parametrize(("package", "advice"), [
+    ("flash_attn", "pip install flash-attn --no-build-isolation"),
+    ("liger_kernel", r"pip install 's1book\[adapters\]'")])
+def test_fast_kernels_name_what_is_missing_and_what_installs_it(package, advice, monkeypatch):
+    monkeypatch.setattr("s1book.adapters.importlib.util.find_spec",
+                        lambda name: None if name == package else object())
+    fast = load_preset("h100", ["sft.kernels=fast"])
+    with pytest.raises(MissingPackage, match=f"found 'fast' but no package {package}.*{advice}"):
+        kernels(fast)
+
+
+def test_a_gpu_takes_the_fast_kernels_it_finds(monkeypatch, capsys):
+    there = {"flash_attn", "liger_kernel"}
+    monkeypatch.setattr("s1book.adapters.importlib.util.find_spec",
+                        lambda name: object() if name in there else None)
+    auto, packing = load_preset("h100"), "sft.packing=true"
+    assert kernels(auto) == ("flash_attention_2", True)
+    assert "attention flash_attention_2; Liger is used." in capsys.readouterr().out
+    assert kernels(load_preset("h100", ["sft.kernels=plain"])) == ("sdpa", False)
+    assert kernels(load_preset("h100", ["sft.kernels=plain", packing])) == (PER_SAMPLE, False)
+    there.remove("flash_attn")
+    assert kernels(load_preset("h100", [packing])) == (PER_SAMPLE, True)
+
+
 def test_kernels_auto_announces_what_it_takes(capsys):
     assert kernels(load_preset("tiny", ["sft.kernels=auto"])) == ("sdpa", False)
     assert "attention sdpa; Liger is not used" in capsys.readouterr().out

@@ -64,6 +64,7 @@ def accelerator(economical):
 def process(folder, economical):
     """One of two processes: load, shard, and print what it took."""
     import torch.distributed as dist
+    from accelerate import PartialState
     from accelerate.utils import enable_fsdp_ram_efficient_loading
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from transformers import AutoModelForCausalLM
@@ -82,6 +83,7 @@ def process(folder, economical):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
     loaded, weights = private() - start, model.num_parameters()
     os.environ.pop("ACCELERATE_USE_FSDP", None)
+    PartialState(cpu=True)  # accelerate's log asks it which process speaks
     model = fsdp2_prepare_model(accelerator(economical), model)
     done.set()
     print("row", json.dumps({

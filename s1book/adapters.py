@@ -10,7 +10,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import Preset, S1Error
+from .config import Preset, S1Error, show_path
 from .packing import PER_SAMPLE, register
 
 if TYPE_CHECKING:
@@ -85,7 +85,18 @@ def base_weights(
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=preset.model.dtype)
-    return AutoModelForCausalLM.from_pretrained(model, **options)
+    found = "sizes that contradict each other"
+    try:
+        weights, report = AutoModelForCausalLM.from_pretrained(
+            model, output_loading_info=True, **options)
+        found = f"no {min(report['missing_keys'])}" if report["missing_keys"] else ""
+    except RuntimeError as error:
+        if "mismatched" not in str(error):
+            raise
+    if found:  # what is missing would be filled with random numbers
+        raise S1Error(f"model.base: {show_path(Path(model))}: found {found} in its weights, wanted "
+                      "the weights that belong to its config.json.")
+    return weights
 
 # %% ../nbs/adapters.ipynb #3dd60e99
 def merge(

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s1book.adapters import MissingPackage, base_weights, kernels
-from s1book.config import PresetError, load_preset
+from s1book.config import PresetError, S1Error, load_preset
 from s1book.forgetting import change
 from s1book.format import IGNORE, Sample, save_samples, tokenize_row
 from s1book.packing import PER_SAMPLE, packed, register
@@ -570,6 +570,30 @@ def test_samples_of_another_tokenizer_are_refused_by_its_mark(tokens, tiny_folde
         train(tokens, tiny_folder, "sft")
     assert (tokens.parent / "sft" / "model.safetensors").read_bytes() == before
     assert not (tokens.parent / "sft_work").exists()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"hidden_size": 16}, "found sizes that contradict each other"),
+    ({"num_hidden_layers": 2}, r"found no model.layers.1\.")])
+def test_weights_of_another_model_are_refused(tokens, tiny_folder, change, message):
+    file = tiny_folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change | {"layer_types": None}))
+    with pytest.raises(S1Error, match=message + ".* wanted the weights that belong"):
+        train(tokens, tiny_folder, "sft")
+    assert not (tokens.parent / "sft").exists()
+
+
+def test_weights_that_are_tied_are_not_missing(tiny_tokenizer, tmp_path):
+    from conftest import make_model
+    from safetensors.torch import load_file
+
+    model = make_model(len(tiny_tokenizer))
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    again = base_weights(load_preset("tiny"), str(tmp_path / "tied"), "sdpa")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
 def test_paired_change_against_scipy():

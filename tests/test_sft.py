@@ -33,6 +33,7 @@ from s1book.sft import (
     rows_of,
     sample_fault,
     total_steps,
+    training_args,
 )
 
 EPOCHS, ROWS = 3, 40  # 3 steps an epoch, 9 in all
@@ -112,6 +113,31 @@ def test_batch_refusal_names_what_was_found():
 
 
 # -- training --
+
+
+def test_the_papers_numbers_reach_the_trainer(tmp_path):
+    preset = load_preset("h100")  # its 16 bits and its GPUs cannot be asked for here
+    args = training_args(preset.model_copy(update={"device": "cpu", "sft": preset.sft.model_copy(
+        update={"bf16": False, "sharding": "none"})}), tmp_path)
+    found = (args.learning_rate, args.adam_beta1, args.adam_beta2, args.weight_decay)
+    assert found == (1e-5, 0.9, 0.95, 1e-4) and "adamw" in args.optim
+    assert args.lr_scheduler_type == "cosine" and args.get_warmup_steps(315) == 16
+    assert args.train_batch_size * args.gradient_accumulation_steps == 16
+    assert args.num_train_epochs == 5 and args.max_grad_norm == 1 and args.gradient_checkpointing
+    assert preset.sft.bf16 and preset.sft.sharding == "fsdp" and preset.sft.max_length == 20000
+
+
+def test_sharding_says_which_blocks_and_spares_its_own_settings(tmp_path, monkeypatch):
+    from s1book.sft import FSDP
+
+    asked = {}
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setattr("trl.SFTConfig", lambda **settings: asked.update(settings))
+    training_args(load_preset("h100"), tmp_path)
+    assert asked["fsdp"] is True and asked["bf16"] is True and asked["fsdp_config"] == FSDP
+    assert asked["fsdp_config"]["transformer_layer_cls_to_wrap"] == ["Qwen2DecoderLayer"]
+    asked["fsdp_config"]["added by transformers"] = True
+    assert "added by transformers" not in FSDP and asked["gradient_accumulation_steps"] == 1
 
 
 def test_training_learns_logs_and_saves_whole(tokens, tiny_folder, tiny_tokenizer):

@@ -37,8 +37,8 @@ from .style import PALETTE, STYLE, use_style
 _all_ = [  # handed on from below: every other module imports these from here
     "S1Error", "PresetError", "append_jsonl", "atomic", "disk_errors", "file_hash", "files_hash",
     "project_root", "read_jsonl", "show_path", "PALETTE", "STYLE", "use_style", "Section", "Pool",
-    "Shape", "Model", "Teacher", "Decontaminate", "Select", "Engine", "Budget", "Evaluate", "Launch", "S1_SOURCES", "SERVERS",
-    "Server", "Grade", "Features", "Judge"]
+    "Shape", "Model", "Teacher", "Decontaminate", "Select", "Engine", "Budget", "Evaluate",
+    "Launch", "S1_SOURCES", "SERVERS", "Server", "Grade", "Features", "Judge"]
 
 # %% ../nbs/00_presets.ipynb #21ac31e6
 class Sft(Section):

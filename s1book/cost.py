@@ -47,7 +47,7 @@ def state_bytes(
 def host_bytes(
     preset: Preset,  # gives sharding and processes per machine
 ) -> float:  # of CPU memory on one machine; 0 where nothing is sharded
-    "Each process of a machine raises a whole copy to float32 before accelerate hands out the parts."
+    "Each process of a machine raises all weights to float32 before it keeps its part of them."
     if preset.sft.sharding != "fsdp":
         return 0.0
     return preset.launch.gpus_per_node * 4 * parameters(preset.model.shape)

@@ -125,6 +125,8 @@ def knob(
     length = length // 1000 * 1000
     if length >= preset.sft.mean_length:
         return f"sft.max_length={length} (longer samples are dropped), or more GPUs"
+    if preset.device == "cpu":
+        return "a machine with more memory (launch.memory_gb), or a smaller model.shape"
     return "more GPUs (launch.nodes) with sft.sharding=fsdp"
 
 # %% ../nbs/18_cost.ipynb #2ad5ec24

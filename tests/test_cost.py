@@ -120,7 +120,7 @@ def test_what_is_gathered_by_hand():
 def test_a_preset_that_cannot_fit_is_one_sentence_and_no_training(command, tmp_path, capsys):
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "model.safetensors").write_bytes(b"of an earlier training")
-    for preset, change, fix in (("tiny", "launch.memory_gb=0.01", "more GPUs"),
+    for preset, change, fix in (("tiny", "launch.memory_gb=0.01", "a machine with more memory"),
                                 ("h100", "launch.nodes=1", "more GPUs"),
                                 ("h100", "sft.gradient_checkpointing=false", "sft.gradient_ch")):
         with pytest.raises(SystemExit) as end:

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['S1K_SCHEMA', 'DATA_FILE', 'CARD_FILE', 'COLUMN_NOTES', 'LICENCES', 'UNKNOWN_LICENCE', 'LIMITS', 'CARD_ROWS',
-           'CARD_ORIGIN', 'licence_of', 'source_table', 'file_hash', 'CardFacts', 'card_metadata', 'shown_preset',
-           'known_limits', 'dataset_card', 'save_dataset', 'check_saved', 'push_dataset']
+           'CARD_ORIGIN', 'licence_of', 'source_table', 'CardFacts', 'card_metadata', 'shown_preset', 'known_limits',
+           'dataset_card', 'save_dataset', 'check_saved', 'push_dataset']
 
 # %% ../nbs/card.ipynb #ca4e0004
-import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from .config import Preset, S1Error, atomic
+from .config import Preset, S1Error, atomic, file_hash
 from .pool import SCHEMA, refused_sources, write_rows
 from .select import BY_BENCHMARK, WHOLE_POOL, Step, by_domain
 
@@ -71,14 +70,6 @@ def source_table(
     "Rows per source, subsets of one hub dataset together."
     counted = Counter("/".join(row["source_type"].split("/")[:2]) for row in rows)
     return {source: (n, licence_of(source)[1]) for source, n in counted.most_common()}
-
-# %% ../nbs/card.ipynb #ca4d0005
-def file_hash(
-    path: Path,  # an artefact
-) -> str:  # SHA-256 of its bytes
-    "What a card needs to say which file a set was made from."
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../nbs/card.ipynb #ca4d0105
 @dataclass(frozen=True)

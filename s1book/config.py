@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAKERS', 'Sft', 'Preset', 'preset_names', 'preset_file', 'load_preset', 'MissingArtefact', 'RunFolder', 'Artefacts',
            'Run', 'item_seed', 'parameters', 'kv_bytes', 'S1Error', 'PresetError', 'append_jsonl', 'atomic',
-           'disk_errors', 'project_root', 'read_jsonl', 'show_path', 'PALETTE', 'STYLE', 'use_style', 'Section', 'Pool',
-           'Shape', 'Model', 'Teacher', 'Decontaminate', 'Select', 'Engine', 'Budget', 'Evaluate', 'Launch',
-           'S1_SOURCES', 'SERVERS', 'Server', 'Grade', 'Features', 'Judge']
+           'disk_errors', 'file_hash', 'files_hash', 'project_root', 'read_jsonl', 'show_path', 'PALETTE', 'STYLE',
+           'use_style', 'Section', 'Pool', 'Shape', 'Model', 'Teacher', 'Decontaminate', 'Select', 'Engine', 'Budget',
+           'Evaluate', 'Launch', 'S1_SOURCES', 'SERVERS', 'Server', 'Grade', 'Features', 'Judge']
 
 # %% ../nbs/00_presets.ipynb #24ecaed3
 import difflib
@@ -23,7 +23,8 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from s1book.files import (
-    S1Error, append_jsonl, atomic, damage, disk_errors, project_root, read_jsonl, show_path,
+    S1Error, append_jsonl, atomic, damage, disk_errors, file_hash, files_hash, project_root,
+    read_jsonl, show_path,
 )
 from s1book.sections import (
     S1_SOURCES, SERVERS, Budget, Decontaminate, Engine, Evaluate, Features, Grade, Judge, Launch,
@@ -34,10 +35,10 @@ from .style import PALETTE, STYLE, use_style
 
 # %% ../nbs/00_presets.ipynb #0a11a11a
 _all_ = [  # handed on from below: every other module imports these from here
-    "S1Error", "PresetError", "append_jsonl", "atomic", "disk_errors", "project_root", "read_jsonl",
-    "show_path", "PALETTE", "STYLE", "use_style", "Section", "Pool", "Shape", "Model", "Teacher",
-    "Decontaminate", "Select", "Engine", "Budget", "Evaluate", "Launch", "S1_SOURCES", "SERVERS",
-    "Server", "Grade", "Features", "Judge"]
+    "S1Error", "PresetError", "append_jsonl", "atomic", "disk_errors", "file_hash", "files_hash",
+    "project_root", "read_jsonl", "show_path", "PALETTE", "STYLE", "use_style", "Section", "Pool",
+    "Shape", "Model", "Teacher", "Decontaminate", "Select", "Engine", "Budget", "Evaluate",
+    "Launch", "S1_SOURCES", "SERVERS", "Server", "Grade", "Features", "Judge"]
 
 # %% ../nbs/00_presets.ipynb #21ac31e6
 class Sft(Section):

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['S1', 'IGNORE', 'SHADES', 'load_tokenizer', 'FormatError', 'Delimiters', 'plain', 'text_ids', 'chat_text', 'chat_ids',
            'prompt_ids', 'answer_text', 'Piece', 'pieces', 'Sample', 'tokenize_row', 'token_roles', 'mask_html',
-           'Formatted', 'cut_right', 'tokenize_rows', 'save_samples']
+           'Formatted', 'cut_right', 'tokenize_rows', 'tokenizer_mark', 'save_samples']
 
 # %% ../nbs/08_format.ipynb #e23c859f
+import hashlib
 import html
+import json
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -236,15 +238,26 @@ def tokenize_rows(
                      {n: size for n, size in long.items() if n in names})
 
 
+def tokenizer_mark(
+    tokenizer: "PreTrainedTokenizerFast",  # any fast tokenizer
+) -> str:  # 16 hexadecimal characters
+    "Which tokenizer this is: a hash of its vocabulary, its rules and its chat template."
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    whole = json.dumps([rules, tokenizer.chat_template], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
 def save_samples(
     samples: Iterable[Sample],  # what tokenize_rows kept
     path: Path,  # sft_tokens.parquet
+    tokenizer: "PreTrainedTokenizerFast | None" = None,  # whose ids they are; None: not noted
 ) -> None:
-    "Write question_hash, input_ids and labels, one sample a row."
+    "Write question_hash, input_ids and labels, one sample a row, and the mark of the tokenizer."
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     ids = pa.list_(pa.int32())
-    schema = pa.schema([("question_hash", pa.string()), ("input_ids", ids), ("labels", ids)])
+    schema = pa.schema([("question_hash", pa.string()), ("input_ids", ids), ("labels", ids)],
+                       {"tokenizer": tokenizer_mark(tokenizer)} if tokenizer else None)
     with atomic(path) as aside:
         pq.write_table(pa.Table.from_pylist([vars(s) for s in samples], schema=schema), aside)

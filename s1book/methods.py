@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from .budget import Force, make_force
-from .config import Preset, Run, append_jsonl, project_root, read_jsonl
+from s1book.config import (
+    Preset, Run, append_jsonl, file_hash, files_hash, project_root, read_jsonl,
+)
 from .engine import Strategy, open_engine
 
 # %% ../nbs/methods.ipynb #2729a985
@@ -32,10 +34,10 @@ def weights_hash(
     model: Path | str,  # a model folder, or a model's name on the hub
 ) -> str:
     "A fingerprint of a model's weights; a name on the hub stands for itself."
-    digest = hashlib.sha256(b"" if Path(model).is_dir() else str(model).encode())
-    for file in sorted(Path(model).glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    files = sorted(Path(model).glob("*.safetensors"))
+    if len(files) == 1:
+        return file_hash(files[0])
+    return files_hash(files, b"" if Path(model).is_dir() else str(model).encode())
 
 
 def made_with(

@@ -6,7 +6,6 @@
 __all__ = ['Check', 'estimates', 'check_weights', 'check_server', 'doctor']
 
 # %% ../nbs/preflight.ipynb #72f07260
-import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -18,9 +17,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from s1book.config import (
-    Preset, Run, Server, kv_bytes, parameters, project_root, show_path,
+    Preset, Run, Server, file_hash, kv_bytes, parameters, project_root, show_path,
 )
-from .cost import memory, train_seconds
+from .cost import knob, memory, train_seconds
 
 # %% ../nbs/preflight.ipynb #99c85dfd
 @dataclass(frozen=True)
@@ -110,15 +109,19 @@ def _device_checks(
     preset: Preset,  # what would be run
 ) -> list[Check]:
     "The device and the engine; without them a run is hopeless."
-    rows = []
+    rows, launch = [], preset.launch
+    if fix := knob(preset):  # said here, not after an hour in a queue
+        rows.append(Check("training memory", _gigabytes(memory(preset).total),
+                          f"{launch.memory_gb:g} GB on each device", False, f"try {fix}",
+                          stops=True))
     if preset.device == "cpu":  # torch need not be loaded to know that
         rows.append(Check("device", "cpu", "cpu", True))
     else:
         import torch
 
-        there, need = torch.cuda.device_count(), preset.launch.gpus_per_node
+        there, need = torch.cuda.device_count(), launch.gpus_per_node
         rows.append(Check("device", f"{there} CUDA GPUs",
-                          f"{need} CUDA GPUs in each of {preset.launch.nodes} machines",
+                          f"{need} CUDA GPUs in each of {launch.nodes} machines",
                           there >= need, "run on a GPU machine, or use --preset tiny", stops=True))
     if preset.engine.kind == "vllm":
         there = importlib.util.find_spec("vllm") is not None
@@ -140,7 +143,7 @@ def check_weights(
         file = folder / name
         if not file.is_file():
             found = f"{name} missing"
-        elif hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        elif file_hash(file) != digest:
             found = f"{name} altered"
     advice = f"restore {show_path(folder)} from git"
     return Check("tiny weights", found, "as shipped", found == "as shipped", advice, stops=needed)

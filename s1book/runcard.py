@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import Run
+from .config import Run, files_hash
 from .format import load_tokenizer, prompt_ids
 from .pool import refused_sources
 from .verifier import verdicts
@@ -30,11 +30,7 @@ def sha256(
     files = [path]
     if path.is_dir():
         files = sorted([*path.glob("*.safetensors"), *path.glob("tokenizer.json")])
-    total = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as handle:
-            total.update(hashlib.file_digest(handle, "sha256").digest())
-    return total.hexdigest()
+    return files_hash(files)
 
 
 ENGINES = {"vllm": ("vllm",), "server": ("openai",)}  # libraries that decide a token, by engine

@@ -35,8 +35,8 @@ from pathlib import Path
 from typing import Any
 
 from s1book.config import (
-    MAKERS, Run, S1Error, atomic, disk_errors, preset_file, preset_names, project_root, read_jsonl,
-    show_path,
+    MAKERS, Run, S1Error, atomic, disk_errors, file_hash, preset_file, preset_names, project_root,
+    read_jsonl, show_path,
 )
 
 # %% ../nbs/runner.ipynb #96e0c2c7
@@ -96,10 +96,7 @@ def digest_path(
         inside = sorted(f for f in path.rglob("*") if f.is_file() and ".unfinished" not in f.name)
         return digest(*(part for f in inside
                         for part in (f.relative_to(path).as_posix(), digest_path(f))))
-    if not path.is_file():
-        return "missing"
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_hash(path) if path.is_file() else "missing"
 
 # %% ../nbs/runner.ipynb #058be2b0
 def read_notebook(
@@ -1087,8 +1084,7 @@ def ship_weights(
     for name in ("base", "small"):
         keep(run / name, target / name)
     files = sorted(f for n in ("base", "small") for f in (target / n).rglob("*") if f.is_file())
-    sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  "
-            f"{file.relative_to(target).as_posix()}\n" for file in files]
+    sums = [f"{file_hash(file)}  {file.relative_to(target).as_posix()}\n" for file in files]
     with atomic(target / "SHA256SUMS") as aside:
         aside.write_text("".join(sums), encoding="utf-8")
 

@@ -91,6 +91,8 @@ class Model(Section):
     train: bool = Field(
         description="true: chapter 01 trains the base; false: shipped or hub weights are used")
     shape: Shape = Field(description="sizes of the base model")
+    small_weights: int = Field(
+        0, ge=0, description="weights of the smaller model, for the plan; 0: as many as the base")
 
 # %% ../nbs/sections.ipynb #c62a1121
 SERVERS = {  # prices are assumptions: put your own into the preset

@@ -75,7 +75,7 @@ def training_args(
 
     sft, cpu = preset.sft, preset.device == "cpu"
     devices = int(os.environ.get("WORLD_SIZE", 1))
-    sharded = {"fsdp": True, "fsdp_config": FSDP} if sft.sharding == "fsdp" and devices > 1 else {}
+    sharded = sft.sharding == "fsdp" and devices > 1
     return SFTConfig(
         output_dir=str(work), seed=preset.seed, data_seed=preset.seed,
         num_train_epochs=sft.epochs, per_device_train_batch_size=sft.micro_batch_size,
@@ -88,7 +88,8 @@ def training_args(
         max_length=None, dataset_kwargs={"skip_prepare_dataset": True},  # rows come ready made
         save_strategy="epoch", save_total_limit=1, logging_steps=1,
         logging_nan_inf_filter=False,  # by default a NaN is logged as a finite loss
-        report_to="none", disable_tqdm=True, ddp_find_unused_parameters=False, **sharded,
+        report_to="none", disable_tqdm=True, ddp_find_unused_parameters=False,
+        fsdp=sharded, fsdp_config={**FSDP} if sharded else None,  # a copy, for it is added to
     )
 
 # %% ../nbs/09_sft.ipynb #63e9b72a

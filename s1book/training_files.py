@@ -8,7 +8,6 @@ __all__ = ['COLUMNS', 'TrainingError', 'sample_fault', 'load_samples', 'check_mo
 
 # %% ../nbs/training_files.ipynb #97a6ece9
 import csv
-import hashlib
 import json
 import math
 from collections import deque
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters import merge
-from .config import Preset, S1Error, atomic, show_path
-from .format import IGNORE
+from .config import Preset, S1Error, atomic, files_hash, show_path
+from .format import IGNORE, tokenizer_mark
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -75,7 +74,15 @@ def check_model(
     samples: "Dataset",  # input_ids and labels
     tokens: Path,  # the file they came from
 ) -> None:
-    "Refuse samples that another model's tokenizer made: none of them ends with this model's end."
+    "Refuse samples of another tokenizer: by the mark in their file, or because none of them ends."
+    import pyarrow.parquet as pq
+
+    mark = (pq.read_schema(tokens).metadata or {}).get(b"tokenizer", b"").decode()
+    if mark and mark != tokenizer_mark(tokenizer):
+        raise TrainingError(
+            f"{show_path(tokens)}: found samples of tokenizer {mark}, wanted those of "
+            f"{tokenizer_mark(tokenizer)}, the tokenizer of {show_path(Path(model))}; "
+            "run chapter 08 again with this base.")
     if not any(ids[-1] == tokenizer.eos_token_id for ids in samples["input_ids"]):
         raise TrainingError(
             f"{show_path(tokens)}: found no sample that ends with {tokenizer.eos_token} of "
@@ -103,11 +110,8 @@ def fingerprint(
 ) -> str:  # 16 hexadecimal characters
     "A name for a training: the same settings, base weights and samples have the same one."
     what = [preset.seed, preset.model.dtype, preset.sft.model_dump(mode="json"), Path(model).name]
-    digest = hashlib.sha256(json.dumps(what).encode())
-    for file in (*sorted(Path(model).glob("*.safetensors")), tokens):
-        with open(file, "rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()[:16]
+    files = *sorted(Path(model).glob("*.safetensors")), tokens
+    return files_hash(files, json.dumps(what).encode())[:16]
 
 
 def last_complete(

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from s1book.cli import main
 from s1book.config import load_preset, parameters, project_root
 from s1book.cost import (
-    activation_bytes, knob, logit_bytes, memory, plan, plan_lines, state_bytes,
-    train_flops,
+    activation_bytes, gathered_bytes, host_bytes, knob, logit_bytes, memory, plan, plan_lines, state_bytes,
+    train_flops, train_seconds,
 )
 
 H100 = load_preset("h100")
@@ -58,9 +58,24 @@ def test_the_knob_makes_it_fit(changes, wanted):
         assert memory(mended).total <= mended.launch.memory_gb * 1e9
 
 
+def test_hours_and_the_evaluation_by_hand():
+    assert train_seconds(H100) == pytest.approx(train_flops(H100) / (16 * 989e12 * 0.25))
+    short = load_preset("h100", ["sft.max_length=5000", "sft.gradient_checkpointing=false"])
+    assert train_flops(short) == 6 * 32_762_757_120 * 1000 * 5 * 5000
+    few = load_preset("h100", ["budget.maxima=[500, 16000]", "budget.waits=[0, 2]",
+                               "sft.mean_length=4000"])
+    stages = {s.name: s for s in plan(few)}
+    assert stages["evaluation"].tokens == 728 * (500 + 4000 + 4000 + 4000 * 1.2)
+    hours = stages["training"].flops / (16 * 989e12 * 0.25) / 3600
+    assert stages["training"].hours == pytest.approx(hours)
+    assert stages["training"].dollars == pytest.approx(hours * 16 * 3)
+
+
 def test_flops_and_dollars_by_hand():
     assert train_flops(H100) == 8 * 32_762_757_120 * 1000 * 5 * 9280
     bought = load_preset("h100", ["teacher.kind=openai", "grade.grader=judge"])
+    both = load_preset("h100", ["grade.grader=judge", "features.domain=llm"])
+    assert {s.name: s.tokens for s in plan(both)}["judge"] == 2 * 1000 * 200
     lines = {s.name: s for s in plan(bought)}
     server = bought.teacher.server
     assert lines["traces"].dollars == pytest.approx(1000 * server.mean_out * server.usd_out / 1e6)
@@ -69,10 +84,51 @@ def test_flops_and_dollars_by_hand():
     assert all(s.dollars == 0 for s in plan(load_preset("tiny")))
 
 
+def test_a_machine_holds_a_float32_copy_for_each_of_its_processes():
+    assert host_bytes(H100) == 8 * 4 * 32_762_757_120
+    assert host_bytes(load_preset("h100", ["sft.sharding=none"])) == 0 == host_bytes(load_preset("tiny"))
+    said = [line for line in plan_lines(H100, "h100") if line.startswith("CPU memory")]
+    assert said == ["CPU memory of one machine while the weights are handed out: 1,048 GB"]
+
+
+def test_each_difficulty_model_is_counted_by_its_own_size():
+    base, small, tried = 32_762_757_120, 7_615_616_512, 1000 * 640
+    for change, weights in (([], base + small), (["model.small_weights=0"], 2 * base)):
+        stage = {s.name: s for s in plan(load_preset("h100", change))}["difficulty"]
+        assert (stage.tokens, stage.flops) == (2 * tried, 2 * weights * tried)
+
+
 def test_recorded_peaks_are_what_the_count_says_today():
+    import runpy
+
+    bench = runpy.run_path(str(project_root() / "tests" / "benchmarks" / "bench_memory.py"))
     table = pd.read_csv(project_root() / "data" / "reference" / "memory.csv")
     assert table["size"].nunique() == 3 and len(table) == 6
-    assert ((table.predicted_mb / table.measured_mb - 1).abs() < 0.15).all()
+    for row in table.itertuples():
+        today = memory(bench["preset"](row.size, row.recompute)).total / 1e6
+        assert today == pytest.approx(row.predicted_mb, abs=0.1)
+        assert today == pytest.approx(row.measured_mb, rel=0.15)
+
+
+def test_what_is_gathered_by_hand():
+    block = 2 * 5120 * (5120 + 1024) + 3 * 5120 * 27648  # attention, MLP
+    assert gathered_bytes(H100.model.shape) == 2 * (2 * 152064 * 5120 + 3 * block)
+    assert memory(H100).gathered > 0 == memory(load_preset("h100", ["sft.sharding=none"])).gathered
+
+
+@pytest.mark.parametrize("command", ["sft", "run"])
+def test_a_preset_that_cannot_fit_is_one_sentence_and_no_training(command, tmp_path, capsys):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "model.safetensors").write_bytes(b"of an earlier training")
+    for preset, change, fix in (("tiny", "launch.memory_gb=0.01", "a machine with more memory"),
+                                ("h100", "launch.nodes=1", "more GPUs"),
+                                ("h100", "sft.gradient_checkpointing=false", "sft.gradient_ch")):
+        with pytest.raises(SystemExit) as end:
+            main([command, "--preset", preset, "--set", change, "--folder", str(tmp_path)])
+        said = capsys.readouterr().err
+        assert end.value.code == 1 and said.count("\n") == 1 and f"; try {fix}" in said
+        assert f"Preset {preset} cannot run here: training memory: found" in said
+    assert [p.name for p in tmp_path.rglob("*")] == ["sft", "model.safetensors"]
 
 
 ALONE = """

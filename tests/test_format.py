@@ -24,6 +24,7 @@ from s1book.format import (
     token_roles,
     tokenize_row,
     tokenize_rows,
+    tokenizer_mark,
 )
 
 ROW = {
@@ -276,6 +277,21 @@ def test_saved_samples_read_back(tiny_tokenizer, tmp_path):
     save_samples(samples, tmp_path / "t.parquet")
     assert [Sample(**row) for row in pq.read_table(tmp_path / "t.parquet").to_pylist()] == samples
     assert [p.name for p in tmp_path.iterdir()] == ["t.parquet"]
+
+
+def test_the_file_names_the_tokenizer_that_made_it(tiny_tokenizer, tiny_folder, bpe, tmp_path):
+    import copy
+
+    mark = tokenizer_mark(tiny_tokenizer)
+    save_samples([tokenize_row(tiny_tokenizer, ROW)], tmp_path / "t.parquet", tiny_tokenizer)
+    assert pq.read_schema(tmp_path / "t.parquet").metadata[b"tokenizer"].decode() == mark
+    used = copy.deepcopy(tiny_tokenizer)
+    used(["So 1", "So"], padding=True, truncation=True, max_length=2)  # leaves no trace in the mark
+    assert tokenizer_mark(used) == mark == tokenizer_mark(load_tokenizer(tiny_folder))
+    other, more = copy.deepcopy(bpe), copy.deepcopy(bpe)
+    other.chat_template += " "
+    more.add_tokens(["<think>"])
+    assert len({mark, *map(tokenizer_mark, (bpe, other, more))}) == 4
 
 
 def test_viewer_can_be_read_without_colour(tiny_tokenizer):

@@ -22,6 +22,19 @@ def test_commands_start_the_one_sft_on_every_gpu():
     assert texts["slurm"].startswith("#!/bin/bash\n") and texts["many nodes"] in texts["slurm"]
 
 
+def test_each_command_says_how_many_processes_and_where_they_meet():
+    texts = commands(load_preset("h100", ["launch.nodes=4", "launch.gpus_per_node=4",
+                                          "engine.tensor_parallel=4"]), "h100")
+    assert "--standalone --nproc_per_node=4 " in texts["one node"]
+    assert '--nnodes=4 --nproc_per_node=4' in texts["many nodes"]
+    assert '--rdzv_endpoint="$HEAD:29500"' in texts["many nodes"]
+    lines = texts["slurm"].splitlines()
+    assert {"#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=1", "#SBATCH --gpus-per-node=4",
+            "set -euo pipefail"} <= {*lines}  # torchrun starts the processes, SLURM one torchrun
+    assert [i for i, x in enumerate(lines) if x.startswith("HEAD=$(scontrol")] < [
+        i for i, x in enumerate(lines) if x.startswith("srun --kill-on-bad-exit=1 torchrun")]
+
+
 def test_a_preset_path_is_quoted_for_the_shell():
     changed = commands(load_preset("h100"), "h100", ["seed=1"])["slurm"]
     assert "--preset h100 --set seed=1" in changed

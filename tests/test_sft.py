@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s1book.adapters import MissingPackage, base_weights, kernels
-from s1book.config import PresetError, load_preset
+from s1book.config import PresetError, S1Error, load_preset
 from s1book.forgetting import change
 from s1book.format import IGNORE, Sample, save_samples, tokenize_row
 from s1book.packing import PER_SAMPLE, packed, register
@@ -33,6 +33,7 @@ from s1book.sft import (
     rows_of,
     sample_fault,
     total_steps,
+    training_args,
 )
 
 EPOCHS, ROWS = 3, 40  # 3 steps an epoch, 9 in all
@@ -112,6 +113,31 @@ def test_batch_refusal_names_what_was_found():
 
 
 # -- training --
+
+
+def test_the_papers_numbers_reach_the_trainer(tmp_path):
+    preset = load_preset("h100")  # its 16 bits and its GPUs cannot be asked for here
+    args = training_args(preset.model_copy(update={"device": "cpu", "sft": preset.sft.model_copy(
+        update={"bf16": False, "sharding": "none"})}), tmp_path)
+    found = (args.learning_rate, args.adam_beta1, args.adam_beta2, args.weight_decay)
+    assert found == (1e-5, 0.9, 0.95, 1e-4) and "adamw" in args.optim
+    assert args.lr_scheduler_type == "cosine" and args.get_warmup_steps(315) == 16
+    assert args.train_batch_size * args.gradient_accumulation_steps == 16
+    assert args.num_train_epochs == 5 and args.max_grad_norm == 1 and args.gradient_checkpointing
+    assert preset.sft.bf16 and preset.sft.sharding == "fsdp" and preset.sft.max_length == 20000
+
+
+def test_sharding_says_which_blocks_and_spares_its_own_settings(tmp_path, monkeypatch):
+    from s1book.sft import FSDP
+
+    asked = {}
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setattr("trl.SFTConfig", lambda **settings: asked.update(settings))
+    training_args(load_preset("h100"), tmp_path)
+    assert asked["fsdp"] is True and asked["bf16"] is True and asked["fsdp_config"] == FSDP
+    assert asked["fsdp_config"]["transformer_layer_cls_to_wrap"] == ["Qwen2DecoderLayer"]
+    asked["fsdp_config"]["added by transformers"] = True
+    assert "added by transformers" not in FSDP and asked["gradient_accumulation_steps"] == 1
 
 
 def test_training_learns_logs_and_saves_whole(tokens, tiny_folder, tiny_tokenizer):
@@ -505,6 +531,30 @@ def test_a_missing_package_is_refused_before_any_work(tokens, tiny_folder, monke
         base_weights(load_preset("h100", four), str(tiny_folder), "sdpa")
 
 
+@pytest.mark.parametrize(("package", "advice"), [
+    ("flash_attn", "pip install flash-attn --no-build-isolation"),
+    ("liger_kernel", r"pip install 's1book\[adapters\]'")])
+def test_fast_kernels_name_what_is_missing_and_what_installs_it(package, advice, monkeypatch):
+    monkeypatch.setattr("s1book.adapters.importlib.util.find_spec",
+                        lambda name: None if name == package else object())
+    fast = load_preset("h100", ["sft.kernels=fast"])
+    with pytest.raises(MissingPackage, match=f"found 'fast' but no package {package}.*{advice}"):
+        kernels(fast)
+
+
+def test_a_gpu_takes_the_fast_kernels_it_finds(monkeypatch, capsys):
+    there = {"flash_attn", "liger_kernel"}
+    monkeypatch.setattr("s1book.adapters.importlib.util.find_spec",
+                        lambda name: object() if name in there else None)
+    auto, packing = load_preset("h100"), "sft.packing=true"
+    assert kernels(auto) == ("flash_attention_2", True)
+    assert "attention flash_attention_2; Liger is used." in capsys.readouterr().out
+    assert kernels(load_preset("h100", ["sft.kernels=plain"])) == ("sdpa", False)
+    assert kernels(load_preset("h100", ["sft.kernels=plain", packing])) == (PER_SAMPLE, False)
+    there.remove("flash_attn")
+    assert kernels(load_preset("h100", [packing])) == (PER_SAMPLE, True)
+
+
 def test_kernels_auto_announces_what_it_takes(capsys):
     assert kernels(load_preset("tiny", ["sft.kernels=auto"])) == ("sdpa", False)
     assert "attention sdpa; Liger is not used" in capsys.readouterr().out
@@ -528,6 +578,48 @@ def test_another_model_and_no_model_are_refused(tokens, tiny_folder):
     with pytest.raises(TrainingError, match="found no language model in"):
         train(tokens, tokens.parent / "nowhere", "sft")
     assert {p.name for p in tokens.parent.iterdir()} == {tokens.name, tiny_folder.name}
+
+
+def test_samples_of_another_tokenizer_are_refused_by_its_mark(tokens, tiny_folder, tiny_tokenizer):
+    train(tokens, tiny_folder, "sft", load_preset("tiny", ["sft.epochs=1"]))  # no mark, no refusal
+    rows = pd.read_parquet(tokens)
+    samples = [Sample(r.question_hash, [*r.input_ids], [*r.labels]) for r in rows.itertuples()]
+    save_samples(samples, tokens, tiny_tokenizer)
+    train(tokens, tiny_folder, "good", load_preset("tiny", ["sft.epochs=1"]))
+    before = (tokens.parent / "sft" / "model.safetensors").read_bytes()
+    file = tiny_folder / "tokenizer.json"  # as many words and the same end, but two change places
+    values = json.loads(file.read_text())
+    vocab = values["model"]["vocab"]
+    vocab["How"], vocab["many"] = vocab["many"], vocab["How"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(TrainingError, match=r"found samples of tokenizer \w{16}, wanted those of"):
+        train(tokens, tiny_folder, "sft")
+    assert (tokens.parent / "sft" / "model.safetensors").read_bytes() == before
+    assert not (tokens.parent / "sft_work").exists()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"hidden_size": 16}, "found sizes that contradict each other"),
+    ({"num_hidden_layers": 2}, r"found no model.layers.1\.")])
+def test_weights_of_another_model_are_refused(tokens, tiny_folder, change, message):
+    file = tiny_folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change | {"layer_types": None}))
+    with pytest.raises(S1Error, match=message + ".* wanted the weights that belong"):
+        train(tokens, tiny_folder, "sft")
+    assert not (tokens.parent / "sft").exists()
+
+
+def test_weights_that_are_tied_are_not_missing(tiny_tokenizer, tmp_path):
+    from conftest import make_model
+    from safetensors.torch import load_file
+
+    model = make_model(len(tiny_tokenizer))
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    again = base_weights(load_preset("tiny"), str(tmp_path / "tied"), "sdpa")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
 def test_paired_change_against_scipy():

@@ -35,7 +35,8 @@ def turns_of(
     for k in range(0, len(parts), 2):
         ended = result.trace.ended or k + 2 < len(parts)
         turns.append(Turn(reads, len(parts[k]) + ended))
-        reads = len(parts[k + 1]) if k + 2 < len(parts) else len(result.closing) + (not ended)
+        new = parts[k + 1] if k + 2 < len(parts) else result.closing
+        reads = max(1, len(new) + (not ended))  # with nothing new the last token is read again
     if not parts:
         reads += len(result.closing)
     return *turns, Turn(reads, len(result.answer_ids) + result.answer_ended)
@@ -61,12 +62,13 @@ class Want(NamedTuple):
     writes: int  # tokens to come
 
 
-@dataclass
+@dataclass(order=True)
 class Row:
-    "A request in a slot."
+    "A request in a slot; rows are in the order in which they end."
+    ends: int  # step after which it is over
+    entered: int  # how many rows entered before it
     want: Want
-    left: int  # steps until it is over
-    held: int  # tokens in the cache
+    offset: int  # tokens in the cache, less the steps until now: both grow together
 
 # %% ../nbs/simulate.ipynb #f75d0127
 @dataclass
@@ -74,40 +76,45 @@ class Hall:
     "Slots, a cache, and a clock."
     machine: Machine
     slots: int
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)  # a heap
+    held: int = 0  # tokens of running rows
     kept: dict[int, int] = field(default_factory=dict)  # request -> cached tokens, oldest first
+    spare: int = 0  # the sum of these
+    entered: int = 0  # rows so far
     steps: int = 0
     seconds: float = 0.0
     read: int = 0  # tokens that were read, some of them again
-    wrote: int = 0  # tokens that were written
+    wrote: int = 0  # rows of all steps together: tokens, as long as by_steps is 1
     preempted: int = 0  # rows that were put back
 
-    @property
-    def held(self) -> int:
-        "Tokens of running rows."
-        return sum(row.held for row in self.rows)
+    def keep(self, row: Row) -> None:
+        "A row has left its slot; what it has in the cache stays as long as there is room."
+        tokens = row.offset + self.steps
+        self.held, self.spare = self.held - tokens, self.spare + tokens
+        self.kept[row.want.request] = tokens
 
     def forget(self) -> None:
-        "Give kept beginnings up until the rest fits."
-        over = self.held + sum(self.kept.values()) - self.machine.pool
-        for request in list(self.kept):
-            if over <= 0:
-                return
-            gone = int(min(over, self.kept[request]))
-            over, self.kept[request] = over - gone, self.kept[request] - gone
-            if not self.kept[request]:
-                del self.kept[request]
+        "Give kept beginnings up until the rest fits: the oldest first, each from its end."
+        while self.spare and (over := self.held + self.spare - self.machine.pool) > 0:
+            oldest = next(iter(self.kept))
+            gone = min(int(over), self.kept[oldest])
+            self.kept[oldest], self.spare = self.kept[oldest] - gone, self.spare - gone
+            if not self.kept[oldest]:
+                del self.kept[oldest]
 
     def enter(self, want: Want) -> bool:
         "Start a request if there is a slot and room for it; what is kept of it is not read again."
-        if self.rows and (len(self.rows) == self.slots or
-                          self.held + want.tokens + len(self.rows) + 1 > self.machine.pool):
+        n = len(self.rows)
+        if n == self.slots or n and self.held + want.tokens + n + 1 > self.machine.pool:
             return False
-        fresh = want.tokens - min(self.kept.pop(want.request, 0), want.tokens - 1)
+        had = self.kept.pop(want.request, 0)
+        fresh = want.tokens - min(had, want.tokens - 1)
         slow = fresh - 1 if fresh <= self.machine.by_steps else 0
-        self.rows.append(Row(want, want.writes + slow, want.tokens - slow))
-        self.read += fresh
-        self.seconds += self.machine.per_token * (fresh - 1)  # the last one is read as it writes
+        heapq.heappush(self.rows, Row(self.steps + want.writes + slow, self.entered, want,
+                                      want.tokens - slow - self.steps))
+        self.entered, self.read, self.spare = self.entered + 1, self.read + fresh, self.spare - had
+        self.held += want.tokens - slow
+        self.seconds += self.machine.per_token * (fresh - 1)  # the last is counted as it writes
         self.forget()
         return True
 
@@ -115,27 +122,29 @@ class Hall:
         "Put back the last rows if the cache cannot hold another step; they come again as they are."
         back = []
         while len(self.rows) > 1 and self.held + len(self.rows) > self.machine.pool:
-            row = self.rows.pop()
-            wrote = row.want.writes - row.left
-            back.append(row.want._replace(tokens=row.want.tokens + wrote, writes=row.left))
-            self.kept[row.want.request] = row.held
-            self.preempted += 1
+            row = max(self.rows, key=lambda row: row.want)
+            self.rows.remove(row)
+            left = row.ends - self.steps
+            wrote = row.want.writes - left
+            back.append(row.want._replace(tokens=row.want.tokens + wrote, writes=left))
+            self.keep(row)
+            heapq.heapify(self.rows)
+        self.preempted += len(back)
         return back
 
     def advance(self) -> list[Row]:
         "Compute until a row is over or the cache is full; the rows that are over."
         n, held, machine = len(self.rows), self.held, self.machine
-        room = inf if machine.pool == inf else max(1, (machine.pool - held) // n)
-        k = int(min(room, *(row.left for row in self.rows)))
-        self.steps, self.wrote = self.steps + k, self.wrote + n * k
+        k = self.rows[0].ends - self.steps
+        if machine.pool < inf:
+            k = min(k, max(1, int(machine.pool - held) // n))
+        self.steps, self.wrote, self.held = self.steps + k, self.wrote + n * k, held + n * k
         self.seconds += (k * machine.fixed + machine.per_token * n * k
                          + machine.per_cached * (k * held + n * k * (k - 1) / 2))
-        for row in self.rows:
-            row.left, row.held = row.left - k, row.held + k
-        over = [row for row in self.rows if not row.left]
-        self.rows = [row for row in self.rows if row.left]
-        for row in over:
-            self.kept[row.want.request] = row.held
+        over = []
+        while self.rows and self.rows[0].ends == self.steps:
+            over.append(heapq.heappop(self.rows))
+            self.keep(over[-1])
         self.forget()
         return over
 
@@ -193,8 +202,6 @@ def simulate(
         i, turn, last = row.want.request, row.want.turn + 1, last + 1
         if turn < len(requests[i]):
             return want(requests, i, turn, not urgent, last)
-        hall.kept[i] = hall.kept.pop(i, 0)  # vLLM does not know that nobody will ask for it
-
     empty(hall, [want(requests, i, 0, True, i) for i, turns in enumerate(requests) if turns], follow)
     return hall
 
@@ -209,7 +216,7 @@ def simulate_rounds(
     hall = Hall(machine, slots)
     for turn in range(checked(requests, slots)):
         if not keeps:
-            hall.kept.clear()
+            hall.kept, hall.spare = {}, 0
         empty(hall, [want(requests, i, turn, False, i) for i, turns in enumerate(requests)
                      if turn < len(turns)], lambda row: None)
     return hall

@@ -417,6 +417,11 @@ class FlowEngine:
     backend: Backend  # vLLM, or a server
     stats: Stats = field(default_factory=Stats)
 
+    @property
+    def context(self) -> int:
+        "Tokens of a request and its reply together."
+        return self.backend.context
+
     def run(self, strategies, on_result=None, on_progress=None, on_tokens=None) -> list[Any]:
         "Run all strategies (see `Engine`)."
         self.stats = Stats()

@@ -152,8 +152,8 @@ def in_batches(model, size):
 class Counted:
     """A vLLM engine that answers strategies, or batches for rounds; counts steps, and tokens that were computed."""
 
-    def __init__(self, folder, **options):
-        backend = open_vllm(folder, VOCABULARY, CONTEXT, "cpu", dtype="float32", **options)
+    def __init__(self, folder, model, **options):
+        backend = open_vllm(folder, model.config.vocab_size, CONTEXT, "cpu", dtype="float32", **options)
         self.engine, self.steps, self.computed, self.preempted = FlowEngine(backend), 0, 0, 0
         scheduler = backend.engine.engine_core.engine_core.scheduler
         schedule, preempt = scheduler.schedule, scheduler._preempt_request
@@ -235,14 +235,14 @@ def vllm_rows(section, counted, work, waits, repetitions, targets):
 def vllm(work, args):
     """All rows of the section."""
     work.model.save_pretrained(args.scratch)
-    wide = Counted(args.scratch, max_num_seqs=args.requests)
+    wide = Counted(args.scratch, work.model, max_num_seqs=args.requests)
     targets = {0: {}, 1: {}, 2: dict(speed=1.6, steps=0.42, over=0.03), 4: dict(speed=2.1, steps=0.29, over=0.03)}
     for waits in args.waits:
         yield from vllm_rows("vllm", wide, work, waits, args.repetitions, targets.get(waits, {}))
     few = args.requests // 4
-    narrow = Counted(args.scratch, max_num_seqs=few)
+    narrow = Counted(args.scratch, work.model, max_num_seqs=few)
     yield from vllm_rows(f"vllm, {few} slots", narrow, work, 2, args.repetitions, dict(speed=1.4))
-    tight = Counted(args.scratch, max_num_seqs=few, num_gpu_blocks_override=3520 // BLOCK)
+    tight = Counted(args.scratch, work.model, max_num_seqs=few, num_gpu_blocks_override=3520 // BLOCK)
     yield from vllm_rows(f"vllm, {few} slots, 3,520 ids of memory", tight, work, 2, args.repetitions, dict(speed=1.4))
 
 
@@ -300,7 +300,7 @@ def main():
     """Print a table of ratios and targets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", default=["transformers", "sweep"], help=f"of {', '.join(SECTIONS)}; vllm needs .venv-vllm")
-    parser.add_argument("--model", type=Path, help="a fine-tuned tiny model instead of the random one; not for vllm")
+    parser.add_argument("--model", type=Path, help="a fine-tuned tiny model, on questions of the tiny world, instead of the random one")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--slots", type=int, default=64, help="rows at a time in the sections transformers and sweep")
     parser.add_argument("--waits", type=int, nargs="+", default=[0, 1, 2, 4])

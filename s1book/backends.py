@@ -389,13 +389,18 @@ class VLLM:
     rows: int  # ids that the model has
     context: int  # tokens of a request and its reply together
     lora: Any = None  # vllm.LoRARequest; works in every request, thinking and answer alike
+    room: int = 0  # tokens that the cache holds
+    filled: int = 0  # tokens that came into it since the last run; up to room none is forgotten
     under_way: dict[int, int] = field(default_factory=dict)  # request -> its new ids until now
 
     def add(self, name: int, ask: Any, soon: bool, watched: bool) -> None:
         "Take a request (see `Backend`)."
         sampling = vllm_sampling(ask, self.vocabulary, self.rows, watched)
+        scarce = 2 * self.filled > self.room  # half, because what runs now is not counted yet
         self.engine.add_request(str(name), {"type": "token", "prompt_token_ids": list(ask.ids)},
-                                sampling, lora_request=self.lora, priority=-1 if soon else 0)
+                                sampling, lora_request=self.lora,
+                                priority=-1 if soon and scarce else 0)
+        self.filled += 0 if soon else len(ask.ids)
         self.under_way[name] = 0
 
     def step(self) -> list[Piece]:
@@ -408,12 +413,12 @@ class VLLM:
             pieces.append(vllm_piece(output, self.under_way[name]))
             self.under_way[name] += len(pieces[-1].ids)
             if output.finished:
-                del self.under_way[name]
+                self.filled += self.under_way.pop(name)
         return pieces
 
     def drop(self) -> None:
         "Forget every request under way (see `Backend`)."
-        names, self.under_way = list(map(str, self.under_way)), {}
+        names, self.under_way, self.filled = list(map(str, self.under_way)), {}, 0
         self.engine.abort_request(names)
 
 # %% ../nbs/backends.ipynb #81babfa7
@@ -434,8 +439,9 @@ def open_vllm(
         given = vllm_arguments(model, context, device, rest) | options
         engine = LLMEngine.from_engine_args(EngineArgs(**given))
     lora = LoRARequest("adapter", 1, str(model)) if "enable_lora" in given else None
-    rows = engine.vllm_config.model_config.get_vocab_size()
-    return VLLM(engine, vocabulary, rows, given["max_model_len"], lora)
+    rows, cache = engine.vllm_config.model_config.get_vocab_size(), engine.vllm_config.cache_config
+    room = (cache.num_gpu_blocks or 0) * cache.block_size
+    return VLLM(engine, vocabulary, rows, given["max_model_len"], lora, room)
 
 # %% ../nbs/backends.ipynb #6bc4e144
 def completion_fields(

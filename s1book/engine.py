@@ -410,7 +410,7 @@ def flow(books: Books, backend: Backend, stats: Stats) -> list[Any]:
                 reply = Continued(new.pop(piece.name), piece.stop_id)
                 give(books, jobs.pop(piece.name), reply)
 
-
+# %% ../nbs/10_engines.ipynb #e7f10a03
 @dataclass
 class FlowEngine:
     "Runs strategies on an engine that is not ours."

@@ -191,17 +191,22 @@ def simulate(
     requests: Requests,  # the turns of every strategy
     slots: int,  # rows at the same time
     machine: Machine = Machine(),  # without costs: one second a step
-    urgent: bool = True,  # later turns go before first ones; False: first come, first served
+    urgent: bool | None = None,  # later turns go before first ones; None: once memory is scarce
 ) -> Hall:  # with what it counted
     "Replay the engine without a barrier (chapter 10)."
     checked(requests, slots)
     hall, last = Hall(machine, slots), len(requests)
+    filled = sum(turns[0].reads for turns in requests if turns)
 
     def follow(row: Row) -> Want | None:
-        nonlocal last
+        nonlocal last, filled
         i, turn, last = row.want.request, row.want.turn + 1, last + 1
-        if turn < len(requests[i]):
-            return want(requests, i, turn, not urgent, last)
+        filled += row.want.writes
+        if turn == len(requests[i]):
+            return None
+        first = 2 * filled > machine.pool if urgent is None else urgent
+        return want(requests, i, turn, not first, last)
+
     empty(hall, [want(requests, i, 0, True, i) for i, turns in enumerate(requests) if turns], follow)
     return hall
 

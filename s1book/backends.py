@@ -390,17 +390,15 @@ class VLLM:
     context: int  # tokens of a request and its reply together
     lora: Any = None  # vllm.LoRARequest; works in every request, thinking and answer alike
     room: int = 0  # tokens that the cache holds
-    filled: int = 0  # tokens that came into it since the last run; up to room none is forgotten
     under_way: dict[int, int] = field(default_factory=dict)  # request -> its new ids until now
 
     def add(self, name: int, ask: Any, soon: bool, watched: bool) -> None:
         "Take a request (see `Backend`)."
         sampling = vllm_sampling(ask, self.vocabulary, self.rows, watched)
-        scarce = 2 * self.filled > self.room  # half, because what runs now is not counted yet
+        scarce = 2 * len(ask.ids) * (len(self.under_way) + 1) > self.room  # if all grow like this
         self.engine.add_request(str(name), {"type": "token", "prompt_token_ids": list(ask.ids)},
                                 sampling, lora_request=self.lora,
                                 priority=-1 if soon and scarce else 0)
-        self.filled += 0 if soon else len(ask.ids)
         self.under_way[name] = 0
 
     def step(self) -> list[Piece]:
@@ -413,12 +411,12 @@ class VLLM:
             pieces.append(vllm_piece(output, self.under_way[name]))
             self.under_way[name] += len(pieces[-1].ids)
             if output.finished:
-                self.filled += self.under_way.pop(name)
+                del self.under_way[name]
         return pieces
 
     def drop(self) -> None:
         "Forget every request under way (see `Backend`)."
-        names, self.under_way, self.filled = list(map(str, self.under_way)), {}, 0
+        names, self.under_way = list(map(str, self.under_way)), {}
         self.engine.abort_request(names)
 
 # %% ../nbs/backends.ipynb #81babfa7

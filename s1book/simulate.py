@@ -195,17 +195,17 @@ def simulate(
 ) -> Hall:  # with what it counted
     "Replay the engine without a barrier (chapter 10)."
     checked(requests, slots)
-    hall, last = Hall(machine, slots), len(requests)
-    filled = sum(turns[0].reads for turns in requests if turns)
+    hall, last, under_way = Hall(machine, slots), len(requests), sum(map(bool, requests))
 
     def follow(row: Row) -> Want | None:
-        nonlocal last, filled
+        nonlocal last, under_way
         i, turn, last = row.want.request, row.want.turn + 1, last + 1
-        filled += row.want.writes
         if turn == len(requests[i]):
+            under_way -= 1
             return None
-        first = 2 * filled > machine.pool if urgent is None else urgent
-        return want(requests, i, turn, not first, last)
+        after = want(requests, i, turn, True, last)
+        scarce = 2 * after.tokens * under_way > machine.pool
+        return after._replace(late=not (scarce if urgent is None else urgent))
 
     empty(hall, [want(requests, i, 0, True, i) for i, turns in enumerate(requests) if turns], follow)
     return hall

@@ -63,7 +63,10 @@ def test_more_slots_never_need_more_steps(requests, slots):
 
 @given(st.lists(TURN, min_size=1, max_size=5).map(tuple), st.integers(1, 9), SLOTS)
 def test_equal_lengths_leave_nothing_to_gain(turns, questions, slots):
-    assert simulate([turns] * questions, slots).steps == simulate_rounds([turns] * questions, slots).steps
+    rounds = simulate_rounds([turns] * questions, slots).steps
+    assert simulate([turns] * questions, slots, urgent=True).steps == rounds
+    if questions <= slots:
+        assert simulate([turns] * questions, slots).steps == rounds
 
 
 @given(st.lists(TURN, min_size=1, max_size=9), SLOTS)

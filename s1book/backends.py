@@ -389,13 +389,16 @@ class VLLM:
     rows: int  # ids that the model has
     context: int  # tokens of a request and its reply together
     lora: Any = None  # vllm.LoRARequest; works in every request, thinking and answer alike
+    room: int = 0  # tokens that the cache holds
     under_way: dict[int, int] = field(default_factory=dict)  # request -> its new ids until now
 
     def add(self, name: int, ask: Any, soon: bool, watched: bool) -> None:
         "Take a request (see `Backend`)."
         sampling = vllm_sampling(ask, self.vocabulary, self.rows, watched)
+        scarce = 2 * len(ask.ids) * (len(self.under_way) + 1) > self.room  # if all grow like this
         self.engine.add_request(str(name), {"type": "token", "prompt_token_ids": list(ask.ids)},
-                                sampling, lora_request=self.lora, priority=-1 if soon else 0)
+                                sampling, lora_request=self.lora,
+                                priority=-1 if soon and scarce else 0)
         self.under_way[name] = 0
 
     def step(self) -> list[Piece]:
@@ -434,8 +437,9 @@ def open_vllm(
         given = vllm_arguments(model, context, device, rest) | options
         engine = LLMEngine.from_engine_args(EngineArgs(**given))
     lora = LoRARequest("adapter", 1, str(model)) if "enable_lora" in given else None
-    rows = engine.vllm_config.model_config.get_vocab_size()
-    return VLLM(engine, vocabulary, rows, given["max_model_len"], lora)
+    rows, cache = engine.vllm_config.model_config.get_vocab_size(), engine.vllm_config.cache_config
+    room = (cache.num_gpu_blocks or 0) * cache.block_size
+    return VLLM(engine, vocabulary, rows, given["max_model_len"], lora, room)
 
 # %% ../nbs/backends.ipynb #6bc4e144
 def completion_fields(

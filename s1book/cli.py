@@ -289,9 +289,9 @@ def serve(
 
     service = open_service(_open(preset, overrides, folder), model, limit)
     with _interruptible(), listening(make_app(service), host, port) as url:
-        example = {"model": service.name, "thinking": {"ignore_end": 1},
+        example = {"model": service.model.name, "thinking": {"ignore_end": 1},
                    "messages": [{"role": "user", "content": "..."}]}
-        typer.echo(f"Listening on {url}, model {service.name}; Ctrl-C ends it. Ask with:\n\n"
+        typer.echo(f"Listening on {url}, model {service.model.name}; Ctrl-C ends it. Ask with:\n\n"
                    f"curl {url}/chat/completions -H 'Content-Type: application/json' \\\n"
                    f"    -d '{json.dumps(example)}'")
         threading.Event().wait()

@@ -21,7 +21,7 @@ REFERENCE = {  # chapter -> what lies right below it: machinery, or what to look
     "tiny": ["world", "pretraining"], "decontaminate": ["sources", "plain"], "traces": ["client", "store"],
     "grade": ["asking", "verifier", "columns"], "features": ["judge", "rubric"],
     "sft": ["packing", "adapters", "training_files", "forgetting"], "engine": ["backends", "textserver"], "budget": ["forcing"],
-    "controls": ["replay", "methods"], "parallel": ["reward"], "evaluate": ["benchmarks", "exchange", "runcard"],
+    "controls": ["replay", "simulate", "methods"], "parallel": ["reward"], "evaluate": ["benchmarks", "exchange", "runcard"],
     "scaling": ["repeats", "honest"],
     "cost": ["launch"], "serve": ["streaming", "ask", "wire"]}
 MACHINERY = ["preflight", "leaks", "card", "figures", "diff", "runner", "pages", "inspector", "tables", "report", "cli"]  # above every chapter

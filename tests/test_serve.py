@@ -294,6 +294,22 @@ def test_a_taken_port_is_a_sentence(service):
                 pass
 
 
+def test_the_command_says_where_it_listens_answers_and_ends():
+    import signal
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "s1book.cli", "serve", "--model", "data/reference/sft", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        assert line.startswith("Listening on http://127.0.0.1:") and "model sft;" in line, process.stderr.read()
+        client = openai.OpenAI(base_url=line.split()[2].rstrip(","), api_key="x", max_retries=0)
+        said = client.chat.completions.create(model="sft", messages=[{"role": "user", "content": WORD}])
+        assert said.thinking["tokens"] > 0
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+
+
 def test_importing_the_module_loads_nothing_heavy():
     import subprocess
     import sys

@@ -14,7 +14,7 @@ if not HAS_VLLM:
 
 from s1book.backends import EngineStopped, open_vllm
 from s1book.config import S1Error, load_preset
-from s1book.engine import Continuation, FlowEngine, Sampling, TransformersEngine, open_engine
+from s1book.engine import Continuation, FlowEngine, Sampling, TransformersEngine, in_rounds, open_engine
 
 from test_conformance import forced, prompt
 from test_engine import sharp_model
@@ -116,6 +116,54 @@ def test_a_preset_opens_vllm_and_budget_forcing_agrees_with_our_engine():
         engine, _ = open_engine(load_preset("tiny", [f"engine.kind={kind}"]), "data/tiny/base")
         return engine.run([budget_force(prompt(i), forced(ignore_end=i % 3)) for i in range(24)])
     assert run("vllm") == run("transformers")
+
+
+@pytest.mark.parametrize("slots", [24, 6])
+def test_vllm_takes_the_replayed_steps(slots):
+    """Without a barrier and in rounds; every unread beginning is read within the step that writes after it."""
+    from s1book.simulate import simulate, simulate_rounds, turns_of
+
+    engine, counted = FlowEngine(open_vllm(folder(), VOCABULARY, CONTEXT, "cpu", dtype="float32", max_num_seqs=slots)), 0
+    def answer(asks):
+        nonlocal counted
+        replies = engine.run([once(ask) for ask in asks])
+        counted += engine.stats.steps
+        return replies
+    def strategies():
+        return [budget_force(prompt(i), forced(ignore_end=2, max_thinking=40 + 5 * i % 60)) for i in range(24)]
+    results = engine.run(strategies())
+    free = engine.stats.steps
+    assert in_rounds(answer, strategies()) == results
+    turns = [turns_of(len(prompt(i)), result) for i, result in enumerate(results)]
+    assert (free, counted) == (simulate(turns, slots).steps, simulate_rounds(turns, slots).steps)
+
+
+def test_vllm_stands_behind_the_server():
+    """Streaming and not, from a thread that did not load the model; the tokens are our own engine's."""
+    import openai
+    from s1book.budget import whole_answer
+    from s1book.config import Run
+    from s1book.serve import close, listening, make_app, open_service
+    from s1book.wire import ChatRequest, settle
+
+    asked = dict(model="sft", messages=[{"role": "user", "content": "How many r in 1r 2a 3s 4p 5b 6e 7r 8r 9y ?"}])
+    thinking = {"thinking": {"ignore_end": 2, "max_tokens": 200}}
+    service = open_service(Run.open("tiny", ["engine.kind=vllm", "engine.slots=4"]))
+    with listening(make_app(service)) as url:
+        client = openai.OpenAI(base_url=url, api_key="x", max_retries=0)
+        assert [m.max_model_len for m in client.models.list()] == [service.live.engine.context]
+        whole = client.chat.completions.create(**asked, extra_body=thinking)
+        deltas = [c.choices[0].delta for c in client.chat.completions.create(**asked, stream=True, extra_body=thinking)
+                  if c.choices]
+    close(service.live)
+    said = whole.choices[0].message
+    assert "".join(getattr(d, "reasoning_content", None) or "" for d in deltas) == said.reasoning_content
+    assert "".join(d.content or "" for d in deltas) == said.content and len(deltas) > 10
+    engine, tokenizer = open_engine(load_preset("tiny"), Run.open("tiny").read("sft"))
+    ids, force = settle(service.model, ChatRequest(**asked, **thinking))
+    [twin] = engine.run([budget_force(ids, force)])
+    assert said.reasoning_content == tokenizer.decode(twin.trace.ids) and whole.thinking["ignored_ends"] == 2
+    assert said.content == tokenizer.decode(whole_answer(force, twin))
 
 
 @pytest.fixture(scope="module")

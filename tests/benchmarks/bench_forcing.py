@@ -1,0 +1,323 @@
+"""How fast is budget forcing? Ratios against rounds, one request at a time, and no forcing at all.
+
+Run it alone on a machine: `OMP_NUM_THREADS=1 python tests/benchmarks/bench_forcing.py`, with the Python
+of `.venv-vllm` for the section vllm. The ways take turns in every repetition, because single times scatter
+with whatever else runs; ratios inside one repetition do so less, hence their least, median and greatest.
+Every way must write the same tokens, or the script says where they part and ends with an error. A target
+that is missed is said to be missed and is no error.
+"""
+
+import argparse
+import math
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import namedtuple
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import LogitsProcessor, Qwen2Config, Qwen2ForCausalLM, StoppingCriteria
+from transformers.utils import logging
+
+from s1book.backends import open_vllm
+from s1book.budget import Force, budget_force, make_force, sweep
+from s1book.config import Run, read_jsonl
+from s1book.engine import Continuation, Continued, FlowEngine, TransformersEngine, in_rounds, open_engine
+from s1book.format import prompt_ids
+
+VOCABULARY, CONTEXT, BLOCK = 512, 1024, 32
+Work = namedtuple("Work", "model prompts forces")
+Row = namedtuple("Row", "section waits what values target good")
+
+
+# ---------------------------------------------------------------- what is run
+
+def random_model(hidden, layers):
+    """Random, but with sharp attention: greedy text is varied, and no two logits are near each other."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, max_position_embeddings=CONTEXT,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.15)
+    return model.eval()
+
+
+def long_tailed(requests, hidden, layers, seed):
+    """Every request has ends of its own, so many that its turns take a log-normal number of tokens on average."""
+    dice, prompts, forces = random.Random(seed), [], []
+    for i in range(requests):
+        mean = dice.lognormvariate(math.log(50), 0.9)
+        ends = frozenset(dice.sample(range(10, VOCABULARY), max(1, round(VOCABULARY / max(4, mean)))))
+        forces.append(Force(max_thinking=400 if i % 8 else 50, max_answer=dice.randint(8, 40), stop_ids=ends, answer_stops=ends,
+                            open_answer=(3, 4), final_answer=(5, 6), newline=(), line_ends=frozenset(), wait_ids=(7, 8)))
+        prompts.append([dice.randrange(10, VOCABULARY) for _ in range(dice.randint(16, 48))])
+    return Work(random_model(hidden, layers), prompts, forces)
+
+
+def trained(folder, requests):
+    """The course's own model on a benchmark."""
+    run = Run.open("tiny")
+    engine, tokenizer = open_engine(run.preset, folder)
+    rows = read_jsonl(run.read(f"benchmarks/{run.preset.evaluate.benchmarks[1]}.jsonl"))[:requests]
+    prompts = [prompt_ids(tokenizer, row["question"]) for row in rows]
+    return Work(engine.model, prompts, [make_force(tokenizer, run.preset.budget)] * len(prompts))
+
+
+def forced(work, waits):
+    """The strategies that are compared."""
+    return [budget_force(p, replace(f, ignore_end=waits)) for p, f in zip(work.prompts, work.forces)]
+
+
+def once(ask):
+    """A strategy of one request."""
+    return (yield [ask])[0]
+
+
+def said(prompt, result):
+    """All ids of a result."""
+    return prompt + result.trace.ids + [*result.closing, *result.answer_ids]
+
+
+def same(work, results, way, others):
+    """End with an error unless two ways wrote the same; the nearest logits tell a tie from a mistake."""
+    for i, (prompt, a, b) in enumerate(zip(work.prompts, results, others)):
+        if a != b:
+            a, b = said(prompt, a), said(prompt, b)
+            k = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+            with torch.inference_mode():
+                best, second = work.model(torch.tensor([a[:k]])).logits[0, -1].topk(2).values.tolist()
+            sys.exit(f"{way}: request {i} differs from the engine's at id {k}, where the two best logits are {best - second:.2g} apart")
+
+
+# ---------------------------------------------------------------- generate of transformers, with requests of their own
+
+@dataclass
+class OwnEnds(StoppingCriteria):
+    """Ends every row at its own stops and its own limit; without the attribute, generate does not fill rows that are done."""
+    stops_RV: torch.Tensor
+    limits_R: torch.Tensor
+    width: int
+    eos_token_id = 0
+
+    def __call__(self, ids_RT, scores, **kwargs):
+        rows = torch.arange(len(ids_RT))
+        return self.stops_RV[rows, ids_RT[:, -1]] | (ids_RT.shape[1] - self.width >= self.limits_R)
+
+
+@dataclass
+class OwnMinimum(LogitsProcessor):
+    """Holds every row's own stops back until its own minimum."""
+    stops_RV: torch.Tensor
+    minima_R: torch.Tensor
+    width: int
+
+    def __call__(self, ids_RT, scores_RV):
+        early_R = ids_RT.shape[1] - self.width < self.minima_R
+        return scores_RV.masked_fill(early_R[:, None] & self.stops_RV, float("-inf")) if early_R.any() else scores_RV
+
+
+def generate(model, asks):
+    """One batch, filled up on the left, as the documentation of transformers shows it."""
+    width = max(len(a.ids) for a in asks)
+    fill = [width - len(a.ids) for a in asks]
+    ids = torch.tensor([[0] * f + a.ids for f, a in zip(fill, asks)])
+    mask = torch.tensor([[0] * f + [1] * len(a.ids) for f, a in zip(fill, asks)])
+    stops_RV = torch.zeros(len(asks), model.config.vocab_size, dtype=torch.bool)
+    for row, ask in zip(stops_RV, asks):
+        row[list(ask.stop_ids)] = True
+    limits, minima = (torch.tensor([getattr(a, name) for a in asks]) for name in ("max_new_tokens", "min_new_tokens"))
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=int(limits.max()), do_sample=False, pad_token_id=0,
+                         stopping_criteria=[OwnEnds(stops_RV, limits, width)],
+                         logits_processor=[OwnMinimum(stops_RV, minima, width)])[:, width:].tolist()
+    for ask, new in zip(asks, out):
+        end = next((k for k, t in enumerate(new[:ask.max_new_tokens]) if t in ask.stop_ids), None)
+        yield Continued(new[:ask.max_new_tokens if end is None else end], None if end is None else new[end])
+
+
+def in_batches(model, size):
+    """A function that answers requests, so many at a time."""
+    return lambda asks: [reply for i in range(0, len(asks), size) for reply in generate(model, asks[i:i + size])]
+
+
+# ---------------------------------------------------------------- vLLM, and what its scheduler counts
+
+class Counted:
+    """A vLLM engine that answers strategies, or batches for rounds; counts steps, and tokens that were computed."""
+
+    def __init__(self, folder, model, **options):
+        backend = open_vllm(folder, model.config.vocab_size, CONTEXT, "cpu", dtype="float32", **options)
+        self.engine, self.steps, self.computed, self.preempted = FlowEngine(backend), 0, 0, 0
+        scheduler = backend.engine.engine_core.engine_core.scheduler
+        schedule, preempt = scheduler.schedule, scheduler._preempt_request
+
+        def counting(*rest, **named):
+            output = schedule(*rest, **named)
+            self.computed += output.total_num_scheduled_tokens
+            return output
+
+        def preempting(*rest, **named):
+            self.preempted += 1
+            return preempt(*rest, **named)
+
+        scheduler.schedule, scheduler._preempt_request = counting, preempting
+
+    def fresh(self):
+        """Forget what earlier runs left: counts, and blocks that would be found again."""
+        self.steps = self.computed = self.preempted = 0
+        assert self.engine.backend.engine.reset_prefix_cache()
+        return self
+
+    def run(self, strategies):
+        """No barrier."""
+        results = self.engine.run(strategies)
+        self.steps += self.engine.stats.steps
+        return results
+
+    def rounds(self, strategies):
+        """The same requests, but all of a round before any of the next."""
+        return in_rounds(lambda asks: self.run(once(ask) for ask in asks), strategies)
+
+
+def needed(prompts, results):
+    """Tokens that must be computed once: all but an answer's last token, if the limit ended the answer."""
+    return sum(len(said(p, r)) - (not r.answer_ended) for p, r in zip(prompts, results))
+
+
+# ---------------------------------------------------------------- measuring
+
+def seconds(action):
+    """A result and the time it took."""
+    began = time.perf_counter()
+    return action(), time.perf_counter() - began
+
+
+def ratios(above, below):
+    """One of each repetition."""
+    return [a / b for a, b in zip(above, below)]
+
+
+def vllm_rows(section, counted, work, waits, repetitions, targets):
+    """Rounds, ours and free generation of equal lengths take turns."""
+    times, share, more = {"ours": [], "rounds": [], "free": []}, [], {"ours": [], "rounds": []}
+    counted.run(forced(work, 0))  # kernels are chosen at their first call
+    for _ in range(repetitions):
+        ours, t = seconds(lambda: counted.fresh().run(forced(work, waits)))
+        times["ours"].append(t)
+        steps, minimum = counted.steps, needed(work.prompts, ours)
+        more["ours"].append((counted.computed - minimum) / len(ours))
+        theirs, t = seconds(lambda: counted.fresh().rounds(forced(work, waits)))
+        times["rounds"].append(t)
+        more["rounds"].append((counted.computed - minimum) / len(ours))
+        share.append(steps / counted.steps)
+        same(work, ours, "rounds", theirs)
+        free = [Continuation(p, len(said(p, r)) - len(p), frozenset()) for p, r in zip(work.prompts, ours)]
+        _, t = seconds(lambda: counted.fresh().run(once(ask) for ask in free))
+        times["free"].append(t)
+    print(f"{section}, n = {waits}: {steps} steps against {counted.steps or steps} of free generation; seconds "
+          + ", ".join(f"{name} {statistics.median(values):.1f}" for name, values in times.items()), flush=True)
+    bound = (waits + 1) * (BLOCK / 2 + len(work.forces[0].wait_ids))
+    yield Row(section, waits, "times as fast as rounds", ratios(times["rounds"], times["ours"]), targets.get("speed"), ">=")
+    yield Row(section, waits, "steps, share of rounds'", share, targets.get("steps"), "<=")
+    yield Row(section, waits, "time over free generation", [r - 1 for r in ratios(times["ours"], times["free"])],
+              targets.get("over"), "<=")
+    yield Row(section, waits, "tokens computed again, per request", more["ours"], bound, "<=")
+    yield Row(section, waits, "the same in rounds", more["rounds"], None, "")
+
+
+def vllm(work, args):
+    """All rows of the section."""
+    work.model.save_pretrained(args.scratch)
+    wide = Counted(args.scratch, work.model, max_num_seqs=args.requests)
+    targets = {0: {}, 1: {}, 2: dict(speed=1.6, steps=0.42, over=0.03), 4: dict(speed=2.1, steps=0.29, over=0.03)}
+    for waits in args.waits:
+        yield from vllm_rows("vllm", wide, work, waits, args.repetitions, targets.get(waits, {}))
+    few = args.requests // 4
+    narrow = Counted(args.scratch, work.model, max_num_seqs=few)
+    yield from vllm_rows(f"vllm, {few} slots", narrow, work, 2, args.repetitions, dict(speed=1.4))
+    tight = Counted(args.scratch, work.model, max_num_seqs=few, num_gpu_blocks_override=3520 // BLOCK)
+    yield from vllm_rows(f"vllm, {few} slots, 3,520 ids of memory", tight, work, 2, args.repetitions, dict(speed=1.4))
+
+
+def transformers(work, args):
+    """All rows of the section."""
+    engine = TransformersEngine(work.model, args.slots)
+    batched, single = in_batches(work.model, args.slots), in_batches(work.model, 1)
+    for waits in args.waits:
+        times = {"engine": [], "rounds": [], "one at a time": []}
+        for _ in range(args.repetitions):
+            ours, t = seconds(lambda: engine.run(forced(work, waits)))
+            times["engine"].append(t)
+            for way, answer in ("rounds", batched), ("one at a time", single):
+                theirs, t = seconds(lambda: in_rounds(answer, forced(work, waits)))
+                times[way].append(t)
+                same(work, ours, way, theirs)
+        print(f"transformers, n = {waits}: {engine.stats.steps} steps, "
+              f"{engine.stats.generated / statistics.median(times['engine']):.0f} tokens per second; seconds "
+              + ", ".join(f"{name} {statistics.median(values):.1f}" for name, values in times.items()), flush=True)
+        for way, target in ("rounds", 4), ("one at a time", 7):
+            yield Row(f"transformers, {args.slots} slots", waits, f"times as fast as {way}", ratios(times[way], times["engine"]), target, ">=")
+
+
+def sweeps(work, args):
+    """A whole curve out of one decode, against every setting by a run of its own."""
+    engine, maxima, waits, times = TransformersEngine(work.model, args.slots), (0, 8, 16, 32), (0, 1, 2, 4), {"one": [], "apart": []}
+    longest = max(waits)
+    for _ in range(args.repetitions):
+        one, t = seconds(lambda: engine.run([sweep(p, f, maxima, waits) for p, f in zip(work.prompts, work.forces)]))
+        times["one"].append(t)
+        settings = [replace(f, **change) for f in work.forces
+                    for change in [dict(max_thinking=m) for m in maxima] + [dict(ignore_end=n) for n in waits]]
+        each = len(settings) // len(work.forces)
+        prompts = [p for p in work.prompts for _ in range(each)]
+        apart, t = seconds(lambda: engine.run([budget_force(p, f) for p, f in zip(prompts, settings)]))
+        times["apart"].append(t)
+        same(Work(work.model, prompts, settings), [r for found in one for r in found.values()], "settings apart", apart)
+    yield Row("sweep", longest, f"times as fast as {each} settings apart", ratios(times["apart"], times["one"]), None, "")
+
+
+def table(rows):
+    """Least, median and greatest of all repetitions, and whether the median meets the target."""
+    print(f"\n{'section':38} {'n':>2}  {'what':36} {'min':>7} {'median':>7} {'max':>7}  {'of':>2}  target")
+    for row in rows:
+        least, middle, most = (f(row.values) for f in (min, statistics.median, max))
+        met = "" if row.target is None else f"{row.good} {row.target:g} " + (
+            "met" if (middle >= row.target if row.good == ">=" else middle <= row.target) else "MISSED")
+        print(f"{row.section:38} {row.waits:2}  {row.what:36} {least:7.3f} {middle:7.3f} {most:7.3f}  {len(row.values):2}  {met}")
+
+
+SECTIONS = {"transformers": transformers, "vllm": vllm, "sweep": sweeps}
+
+
+def main():
+    """Print a table of ratios and targets."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", default=["transformers", "sweep"], help=f"of {', '.join(SECTIONS)}; vllm needs .venv-vllm")
+    parser.add_argument("--model", type=Path, help="a fine-tuned tiny model, on questions of the tiny world, instead of the random one")
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--slots", type=int, default=64, help="rows at a time in the sections transformers and sweep")
+    parser.add_argument("--waits", type=int, nargs="+", default=[0, 1, 2, 4])
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=6, help="of prompts and lengths; how many steps rounds need hangs on it")
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=2)
+    args = parser.parse_args()
+    if wrong := set(args.sections) - set(SECTIONS):
+        parser.error(f"sections: found {', '.join(sorted(wrong))}, wanted some of {', '.join(SECTIONS)}")
+    logging.disable_progress_bar()
+    work = trained(args.model, args.requests) if args.model else long_tailed(args.requests, args.hidden, args.layers, args.seed)
+    print(f"{len(work.prompts)} requests, {sum(p.numel() for p in work.model.parameters()):,} parameters, "
+          f"{torch.get_num_threads()} thread(s), {os.cpu_count()} cores")
+    with tempfile.TemporaryDirectory(prefix="s1book-") as args.scratch:
+        table([row for name in args.sections for row in SECTIONS[name](work, args)])
+
+
+if __name__ == "__main__":
+    main()

@@ -6,8 +6,8 @@
 __all__ = ['MAKERS', 'Sft', 'Preset', 'preset_names', 'preset_file', 'load_preset', 'MissingArtefact', 'RunFolder', 'Artefacts',
            'Run', 'item_seed', 'parameters', 'kv_bytes', 'S1Error', 'PresetError', 'append_jsonl', 'atomic',
            'disk_errors', 'project_root', 'read_jsonl', 'show_path', 'PALETTE', 'STYLE', 'use_style', 'Section', 'Pool',
-           'Shape', 'Model', 'Teacher', 'Decontaminate', 'Select', 'Engine', 'Budget', 'Evaluate', 'Launch',
-           'S1_SOURCES', 'SERVERS', 'Server', 'Grade', 'Features', 'Judge']
+           'Shape', 'Model', 'Teacher', 'Decontaminate', 'Select', 'Engine', 'Budget', 'Evaluate', 'Ablations',
+           'Launch', 'S1_SOURCES', 'SERVERS', 'Server', 'Grade', 'Features', 'Judge']
 
 # %% ../nbs/00_presets.ipynb #24ecaed3
 import difflib
@@ -26,8 +26,8 @@ from s1book.files import (
     S1Error, append_jsonl, atomic, damage, disk_errors, project_root, read_jsonl, show_path,
 )
 from s1book.sections import (
-    S1_SOURCES, SERVERS, Budget, Decontaminate, Engine, Evaluate, Features, Grade, Judge, Launch,
-    Model, Pool, Section, Select, Server, Shape, Teacher,
+    S1_SOURCES, SERVERS, Ablations, Budget, Decontaminate, Engine, Evaluate, Features, Grade, Judge,
+    Launch, Model, Pool, Section, Select, Server, Shape, Teacher,
 )
 from .settings import PresetError, read_settings
 from .style import PALETTE, STYLE, use_style
@@ -36,8 +36,8 @@ from .style import PALETTE, STYLE, use_style
 _all_ = [  # handed on from below: every other module imports these from here
     "S1Error", "PresetError", "append_jsonl", "atomic", "disk_errors", "project_root", "read_jsonl",
     "show_path", "PALETTE", "STYLE", "use_style", "Section", "Pool", "Shape", "Model", "Teacher",
-    "Decontaminate", "Select", "Engine", "Budget", "Evaluate", "Launch", "S1_SOURCES", "SERVERS",
-    "Server", "Grade", "Features", "Judge"]
+    "Decontaminate", "Select", "Engine", "Budget", "Evaluate", "Ablations", "Launch", "S1_SOURCES",
+    "SERVERS", "Server", "Grade", "Features", "Judge"]
 
 # %% ../nbs/00_presets.ipynb #21ac31e6
 class Sft(Section):
@@ -135,8 +135,13 @@ def _bad_lists(
     for key, values in (("budget.maxima", p.budget.maxima), ("budget.waits", p.budget.waits)):
         if any(v < 0 for v in values) or list(values) != sorted(set(values)):
             yield key, list(values), "rising numbers, none below 0"
-    if len(set(p.evaluate.benchmarks)) < len(p.evaluate.benchmarks):
-        yield "evaluate.benchmarks", list(p.evaluate.benchmarks), "each benchmark once"
+    for key, names, what in (("evaluate.benchmarks", p.evaluate.benchmarks, "benchmark"),
+                             ("ablations.sets", p.ablations.sets, "set"),
+                             ("ablations.strings", p.ablations.strings, "string")):
+        if len(set(names)) < len(names):
+            yield key, list(names), f"each {what} once"
+    if marked := [text for text in p.ablations.strings if "<|" in text]:
+        yield "ablations.strings", marked, "words; a control token would end the thinking itself"
     if not all(0 <= b < 1 for b in p.sft.betas):
         yield "sft.betas", list(p.sft.betas), "two numbers from 0 up to, not including, 1"
 
@@ -168,6 +173,7 @@ class Preset(Section):
     engine: Engine
     budget: Budget
     evaluate: Evaluate
+    ablations: Ablations = Ablations()
     launch: Launch
 
     @property
@@ -220,7 +226,7 @@ MAKERS = {  # artefact -> the chapter that writes it
     "sft_tokens.parquet": "08", "sft": "09", "sft_log.csv": "09", "example_traces.jsonl": "11",
     "controls": "12", "parallel": "13",
     "records.jsonl": "14", "run_card.json": "14", "accuracy.csv": "15", "scaling.csv": "16",
-    "curve.png": "16", "curve.svg": "16",
+    "curve.png": "16", "curve.svg": "16", "ablations": "17",
 }
 
 # %% ../nbs/00_presets.ipynb #b71505c0

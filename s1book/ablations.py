@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['clean_pool', 'other_sets', 'Arm', 'as_many_steps', 'make_arm', 'save_arm', 'train_arm', 'training_flops',
-           'string_name', 'distinct_strings', 'together', 'string_forces', 'thought_on', 'measure_arm']
+           'string_name', 'distinct_strings', 'together', 'string_forces', 'thought_on', 'measure_arm', 'families']
 
-# %% ../nbs/17_ablations.ipynb #da68f847
+# %% ../nbs/17_ablations.ipynb #1134ea22
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,6 +17,7 @@ import pandas as pd
 
 from .budget import Force, budget_force
 from .config import Preset, Run, Shape, parameters, read_jsonl
+from .contrasts import Cell
 from .controls import Method, fields, measure_method
 from .engine import Strategy
 from .format import load_tokenizer, prompt_ids, save_samples, tokenize_rows
@@ -199,3 +200,16 @@ def measure_arm(
         dict(zip(("benchmark", "id"), record["id"].split("/", 1)), arm=name, setting=setting,
              correct=found["correct"], thinking_tokens=found["thinking_tokens"])
         for record in records for setting, found in record["runs"].items()])
+
+# %% ../nbs/17_ablations.ipynb #e4aab514
+def families(
+    answers: pd.DataFrame,  # of measure_arm, all arms together
+    word: str = "Wait",  # the string of budget.wait
+) -> dict[str, list[tuple[Cell, Cell]]]:  # "data" and "strings" -> cells to compare
+    "What is compared with what: sets with the selected one, strings with the natural end."
+    cells, natural = dict.fromkeys(zip(answers.arm, answers.setting)), ("selected", "natural")
+    ours = [cell for cell in cells if cell[0] == "selected" and cell != natural]
+    data = [(natural, cell) for cell in cells if cell[0] != "selected"]
+    waits = [cell for cell in ours if cell[1].endswith(f" x {word}")]
+    data += [(cell, ("longest", "natural")) for cell in waits if ("longest", "natural") in cells]
+    return {"data": data, "strings": [(natural, cell) for cell in ours]}

@@ -63,10 +63,10 @@ def read_answers(
                       f"17 writes ({str(error).splitlines()[0]}).") from None
     return check_answers(frame, show_path(path))
 
-# %% ../nbs/contrasts.ipynb #7a9e7486
+# %% ../nbs/contrasts.ipynb #be045682
 Cell = tuple[str, str]  # arm and setting
-FAMILY = ["benchmark", "before", "after", "arm", "setting", "n", "wrong_to_right",
-          "right_to_wrong", "difference", "low", "high", "p", "p_holm"]  # columns of contrasts
+FAMILY = ["benchmark", "before", "after", "arm", "setting", "n", "accuracy_before", "accuracy",
+          "wrong_to_right", "right_to_wrong", "difference", "low", "high", "p", "p_holm"]
 
 
 def paired(
@@ -88,11 +88,12 @@ def paired(
 def contrast(
     first: np.ndarray,  # 1 where the first cell is right
     second: np.ndarray,  # the same questions in the second cell
-) -> dict[str, float]:  # n, flips, difference with interval (shares of 1), p
+) -> dict[str, float]:  # n, accuracies, flips, difference with interval, p; shares of 1
     """Second minus first: paired bootstrap and exact McNemar test (chapter 15)."""
     repaired, spoiled = int((second > first).sum()), int((second < first).sum())
     change = paired_bootstrap(first[:, None], second[:, None])
-    return {"n": len(first), "wrong_to_right": repaired, "right_to_wrong": spoiled,
+    return {"n": len(first), "accuracy_before": first.mean(), "accuracy": second.mean(),
+            "wrong_to_right": repaired, "right_to_wrong": spoiled,
             "difference": change.value, "low": change.low, "high": change.high,
             "p": mcnemar(spoiled, repaired)}
 

@@ -50,7 +50,7 @@ def other_sets(
           "one. Take a pool to choose from, e.g. pool.source=s1-sources; the strings need none.")
     return ()
 
-# %% ../nbs/17_ablations.ipynb #7b1fa628
+# %% ../nbs/17_ablations.ipynb #c75fb5e1
 @dataclass(frozen=True)
 class Arm:
     "A training set to compare, and the settings of its training."
@@ -63,7 +63,7 @@ class Arm:
         "Optimiser steps of its training."
         return total_steps(len(self.rows), self.preset.sft.batch_size, self.preset.sft.epochs)
 
-
+# %% ../nbs/17_ablations.ipynb #159fb6a8
 def as_many_steps(
     rows: list[dict],  # the whole pool, shuffled
     preset: Preset,  # its selected set gives the number of steps

@@ -21,7 +21,7 @@ REFERENCE = {  # chapter -> what lies right below it: machinery, or what to look
     "tiny": ["world", "pretraining"], "decontaminate": ["sources", "plain"], "traces": ["client", "store"],
     "grade": ["asking", "verifier", "columns"], "features": ["judge", "rubric"],
     "sft": ["packing", "adapters", "training_files", "forgetting"], "engine": ["backends"], "budget": ["forcing"],
-    "controls": ["replay"], "evaluate": ["benchmarks", "exchange", "runcard"], "scaling": ["repeats"],
+    "controls": ["replay"], "evaluate": ["benchmarks", "exchange", "runcard"], "scaling": ["repeats"], "ablations": ["contrasts"],
     "cost": ["launch"], "serve": ["streaming", "ask", "wire"]}
 MACHINERY = ["preflight", "leaks", "card", "figures", "diff", "runner", "report", "inspector", "tables", "cli"]  # above every chapter
 MODULES = sorted(p for p in Path("s1book").glob("*.py") if not p.name.startswith("_"))

@@ -171,7 +171,7 @@ def seed_contrasts(
         found.append(contrasts(group, usable).assign(run_seed=seed))
     return pd.concat(found, ignore_index=True) if found else empty
 
-# %% ../nbs/contrasts.ipynb #3dbcf5ff
+# %% ../nbs/contrasts.ipynb #7c188ce9
 LOOKS = "^so"  # markers of the benchmarks, in their order
 
 
@@ -203,9 +203,10 @@ def draw_contrasts(
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set(xlabel="points of difference", yticks=range(len(names)), yticklabels=names)
     axis.invert_yaxis()
-    axis.legend(fontsize="x-small", loc="best")
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "frameon": False}
+    axis.legend(fontsize="x-small", ncols=len(axis.containers), **below)
 
-# %% ../nbs/contrasts.ipynb #98eec003
+# %% ../nbs/contrasts.ipynb #e5f50821
 def contrast_figure(
     panels: dict[str, pd.DataFrame],  # title -> name, benchmark, difference, low, high in points
     seeds: pd.DataFrame,  # recorded seeds in the same form, for the first panel; may be empty
@@ -220,4 +221,5 @@ def contrast_figure(
     for i, (title, axis) in enumerate(grid.axes_dict.items()):
         draw_contrasts(axis, panels[title], seeds if i == 0 else seeds.head(0), colors[i])
         axis.set_title(title)
+    grid.tight_layout()
     return grid.figure

@@ -171,7 +171,7 @@ def seed_contrasts(
         found.append(contrasts(group, usable).assign(run_seed=seed))
     return pd.concat(found, ignore_index=True) if found else empty
 
-# %% ../nbs/contrasts.ipynb #7c188ce9
+# %% ../nbs/contrasts.ipynb #510cc6b8
 LOOKS = "^so"  # markers of the benchmarks, in their order
 
 
@@ -198,7 +198,7 @@ def draw_contrasts(
         axis.errorbar(part.difference, heights, xerr=ends, fmt=LOOKS[place % 3], color=color,
                       capsize=2, label=benchmark)
         own = seeds[(seeds.benchmark == benchmark) & seeds["name"].isin(names)]
-        strokes = own["name"].map(names.index) + 0.22 * (place - 1)
+        strokes = own["name"].map(names.index).astype(float) + 0.22 * (place - 1)
         axis.plot(own.difference, strokes, "|", color="black", markersize=11)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set(xlabel="points of difference", yticks=range(len(names)), yticklabels=names)

@@ -1090,7 +1090,7 @@ def _keep_ablations(
     "Every seed's answers of chapter 17, and the first one's table; an older run has neither."
     answers, table = (folder / name for name in KEPT_IF_THERE)
     if not (answers.exists() and table.exists()):
-        print(f"{show_path(answers if table.exists() else table)} is missing: that run has not "
+        print(f"{show_path(table if answers.exists() else answers)} is missing: that run has not "
               "been through chapter 17; what was recorded of its ablations stays as it is.")
         return
     keep(answers, reference / "seeds" / str(seed) / KEPT_IF_THERE[0])

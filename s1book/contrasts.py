@@ -18,7 +18,7 @@ import pandas as pd
 from .config import S1Error, atomic, project_root, show_path
 from .stats import holm, mcnemar, paired_bootstrap, wilson
 
-# %% ../nbs/contrasts.ipynb #0e1bcf41
+# %% ../nbs/contrasts.ipynb #e2bdc9fb
 KEYS = ["benchmark", "id", "arm", "setting"]  # of an answer
 ANSWER = {"benchmark": str, "id": str, "arm": str, "setting": str, "correct": bool,
           "thinking_tokens": int}  # columns of a file of answers, with their types
@@ -40,7 +40,7 @@ def check_answers(
                       "would weigh twice.")
     return frame[list(ANSWER)].astype(ANSWER).reset_index(drop=True)
 
-
+# %% ../nbs/contrasts.ipynb #6cb1b2bd
 def save_answers(
     frame: pd.DataFrame,  # with the columns of ANSWER
     path: Path,  # answers.parquet

@@ -1097,7 +1097,7 @@ def _keep_ablations(
     if seed == 0:
         keep(table, reference / KEPT_IF_THERE[1])
 
-
+# %% ../nbs/runner.ipynb #00bcb75d
 def collect(
     runs: list[Path],  # a finished run folder per seed, seed 0 first
     data: Path,  # the folder data/

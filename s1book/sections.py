@@ -254,7 +254,7 @@ class Evaluate(Section):
                 {"key": "evaluate.temperature", "found": self.temperature})
         return self
 
-
+# %% ../nbs/sections.ipynb #ab1764d6
 class Ablations(Section):
     "Chapter 17: the other sets and the other words that ours are compared with (paper 5.1, 5.2)."
     sets: tuple[Literal["random", "diverse", "longest", "full"], ...] = Field(

@@ -7,7 +7,7 @@ __all__ = ['MAKERS', 'Sft', 'Preset', 'preset_names', 'preset_file', 'load_prese
            'Run', 'item_seed', 'parameters', 'kv_bytes', 'S1Error', 'PresetError', 'append_jsonl', 'atomic',
            'disk_errors', 'file_hash', 'files_hash', 'project_root', 'read_jsonl', 'show_path', 'PALETTE', 'STYLE',
            'use_style', 'Section', 'Pool', 'Shape', 'Model', 'Teacher', 'Decontaminate', 'Select', 'Engine', 'Budget',
-           'Evaluate', 'Launch', 'S1_SOURCES', 'SERVERS', 'Server', 'Grade', 'Features', 'Judge']
+           'Evaluate', 'Launch', 'S1_SOURCES', 'SERVERS', 'Server', 'Grade', 'Features', 'Judge', 'Ablations']
 
 # %% ../nbs/00_presets.ipynb #24ecaed3
 import difflib
@@ -27,8 +27,8 @@ from s1book.files import (
     read_jsonl, show_path,
 )
 from s1book.sections import (
-    S1_SOURCES, SERVERS, Budget, Decontaminate, Engine, Evaluate, Features, Grade, Judge, Launch,
-    Model, Pool, Section, Select, Server, Shape, Teacher,
+    S1_SOURCES, SERVERS, Ablations, Budget, Decontaminate, Engine, Evaluate, Features, Grade, Judge,
+    Launch, Model, Pool, Section, Select, Server, Shape, Teacher,
 )
 from .settings import PresetError, read_settings
 from .style import PALETTE, STYLE, use_style
@@ -38,7 +38,8 @@ _all_ = [  # handed on from below: every other module imports these from here
     "S1Error", "PresetError", "append_jsonl", "atomic", "disk_errors", "file_hash", "files_hash",
     "project_root", "read_jsonl", "show_path", "PALETTE", "STYLE", "use_style", "Section", "Pool",
     "Shape", "Model", "Teacher", "Decontaminate", "Select", "Engine", "Budget", "Evaluate",
-    "Launch", "S1_SOURCES", "SERVERS", "Server", "Grade", "Features", "Judge"]
+    "Launch", "S1_SOURCES", "SERVERS", "Server", "Grade", "Features", "Judge",
+    "Ablations"]
 
 # %% ../nbs/00_presets.ipynb #21ac31e6
 class Sft(Section):
@@ -136,8 +137,13 @@ def _bad_lists(
     for key, values in (("budget.maxima", p.budget.maxima), ("budget.waits", p.budget.waits)):
         if any(v < 0 for v in values) or list(values) != sorted(set(values)):
             yield key, list(values), "rising numbers, none below 0"
-    if len(set(p.evaluate.benchmarks)) < len(p.evaluate.benchmarks):
-        yield "evaluate.benchmarks", list(p.evaluate.benchmarks), "each benchmark once"
+    for key, names, what in (("evaluate.benchmarks", p.evaluate.benchmarks, "benchmark"),
+                             ("ablations.sets", p.ablations.sets, "set"),
+                             ("ablations.strings", p.ablations.strings, "string")):
+        if len(set(names)) < len(names):
+            yield key, list(names), f"each {what} once"
+    if marked := [text for text in p.ablations.strings if "<|" in text]:
+        yield "ablations.strings", marked, "words; a control token would end the thinking itself"
     if not all(0 <= b < 1 for b in p.sft.betas):
         yield "sft.betas", list(p.sft.betas), "two numbers from 0 up to, not including, 1"
 
@@ -169,6 +175,7 @@ class Preset(Section):
     engine: Engine
     budget: Budget
     evaluate: Evaluate
+    ablations: Ablations = Ablations()
     launch: Launch
 
     @property
@@ -222,7 +229,7 @@ MAKERS = {  # artefact -> the chapter that writes it
     "controls": "12", "parallel": "13",
     "honest.csv": "16", "honest.png": "16", "honest.svg": "16", "critics.csv": "16",
     "records.jsonl": "14", "run_card.json": "14", "accuracy.csv": "15", "scaling.csv": "16",
-    "curve.png": "16", "curve.svg": "16",
+    "curve.png": "16", "curve.svg": "16", "ablations": "17",
 }
 
 # %% ../nbs/00_presets.ipynb #b71505c0

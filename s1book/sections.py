@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['S1_SOURCES', 'SERVERS', 'Section', 'Pool', 'Shape', 'Model', 'Server', 'Teacher', 'Grade', 'Features', 'Judge',
-           'Decontaminate', 'Select', 'Engine', 'Budget', 'Evaluate', 'Launch']
+           'Decontaminate', 'Select', 'Engine', 'Budget', 'Evaluate', 'Ablations', 'Launch']
 
 # %% ../nbs/sections.ipynb #13212e3f
 import re
@@ -258,6 +258,21 @@ class Evaluate(Section):
                 "samples", "a temperature above 0 where there are several samples",
                 {"key": "evaluate.temperature", "found": self.temperature})
         return self
+
+# %% ../nbs/sections.ipynb #ab1764d6
+class Ablations(Section):
+    "Chapter 17: the other sets and the other words that ours are compared with (paper 5.1, 5.2)."
+    sets: tuple[Literal["random", "diverse", "longest", "full"], ...] = Field(
+        default=("random", "diverse", "longest", "full"),
+        description="training sets beside the selected one (paper Table 2)")
+    full_epochs: int = Field(
+        default=5, ge=0, description="passes over the whole pool; 0: only as many optimiser steps "
+                                     "as the other sets get")
+    strings: tuple[str, ...] = Field(
+        default=("", "Alternatively", "Hmm", "Wait"), min_length=1,
+        description="texts in place of a suppressed end (paper Table 4); empty: nothing is written")
+    times: int = Field(
+        default=2, gt=0, description="how often the end is suppressed for each of the strings")
 
 
 class Launch(Section):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMED_BY', 'TITLES', 'OUR_ROWS', 'NOTES', 'INTRO', 'cells', 'paper_side', 'table_3', 'from_accuracy',
-           'from_ablations', 'from_lengths', 'our_side', 'Statement', 'at', 'statements', 'statement_table',
+           'from_contrasts', 'from_lengths', 'our_side', 'Statement', 'at', 'statements', 'statement_table',
            'table_html', 'figure_html', 'tables_html', 'build_figures']
 
 # %% ../nbs/tables.ipynb #05034511
@@ -76,8 +76,6 @@ def table_3() -> pd.DataFrame:  # text
 # %% ../nbs/tables.ipynb #fefcf41d
 OUR_ROWS = {1: {"base": "base model", "natural": "fine-tuned, natural end", "wait=1": "1 x Wait",
                 "wait=2": "2 x Wait"},
-            4: {"natural": "no extrapolation", "newline=1": "1 x line break", "wait=1": "1 x Wait",
-                "wait=2": "2 x Wait"},
             5: {"natural": "fine-tuned, no Wait", "wait=1": "1 x Wait", "wait=2": "2 x Wait",
                 "wait=4": "4 x Wait"}}
 NOTES = {5: "These rows stand beside s1. The tiny world has one teacher, so there are no other "
@@ -102,17 +100,22 @@ def from_accuracy(
     return wide.rename_axis(index="setting", columns=None).reset_index()
 
 # %% ../nbs/tables.ipynb #1c67f54f
-def from_ablations(
+def from_contrasts(
     number: int,  # of the table: 2 (sets) or 4 (strings)
     run: Run,
-) -> pd.DataFrame | None:  # None: chapter 17 has written no such table
-    """What chapter 17 has measured: the table in ablations/ that names its rows as the paper's."""
-    key, folders = NAMED_BY[number][0], (p for p in run.places("ablations") if p.is_dir())
-    for path in sorted(next(folders, Path()).glob("*.csv")):
-        table = pd.read_csv(path)
-        if key in table:
-            return table.round(3)
-    return None
+) -> pd.DataFrame:  # text
+    """What chapter 17 has measured against the selected set's natural end, and the differences."""
+    family, key = {2: ("data", "arm"), 4: ("strings", "setting")}[number]
+    table = pd.read_csv(run.read("ablations/table.csv"), keep_default_na=False)
+    table = table[(table.family == family) & (table.before == "selected natural")]
+    numbers = (100 * table[["accuracy", "difference", "low", "high"]]).to_numpy()
+    table = table.assign(text=[f"{a:.1f}; difference to ours {d:+.1f} [{low:+.1f}, {high:+.1f}]"
+                               for a, d, low, high in numbers])
+    wide = table.pivot(index=key, columns="benchmark", values="text")
+    sizes = table.groupby("benchmark", sort=False).n.first()
+    wide = wide.loc[list(dict.fromkeys(table[key])), sizes.index]
+    wide = wide.rename(columns=lambda name: f"{name}, n = {sizes[name]}")
+    return wide.rename_axis(index=NAMED_BY[number][0], columns=None).reset_index()
 
 
 def from_lengths(
@@ -138,18 +141,16 @@ def our_side(
 ) -> pd.DataFrame | str:  # text, or the sentence that says why there is none
     """What a run of ours has for a table of the paper."""
     try:
-        if number in (2, 4) and (found := from_ablations(number, run)) is not None:
-            return found
+        if number in (2, 4):
+            return from_contrasts(number, run)
         if number in OUR_ROWS:
             return from_accuracy(run, OUR_ROWS[number])
         if number == 3:
             ours = pd.read_csv(run.read("controls/table.csv")).round(1)
             return ours[["method", "control", "scaling", "runs"]]
-        if number == 8:
-            return from_lengths(run)
+        return from_lengths(run)
     except MissingArtefact as error:
         return f"None of ours: {str(error).split('; run')[0]}."
-    return "None of ours: chapter 17, which trains on other sets, has not run here."
 
 # %% ../nbs/tables.ipynb #c2c73b91
 @dataclass(frozen=True)

@@ -216,18 +216,19 @@ def test_cut_traces_are_counted_and_not_trained_on(run):
     assert accuracies.iloc[1].str.contains("[", regex=False).all()
 
 
-@pytest.mark.parametrize("number, key", [(2, "set"), (4, "string")])
-def test_tables_of_chapter_17_are_shown_once_they_are_there(tmp_path, monkeypatch, number, key):
+@pytest.mark.parametrize("number, key, row", [(2, "set", "full"), (4, "string", "2 x Hmm")])
+def test_tables_of_chapter_17_are_shown_once_they_are_there(tmp_path, monkeypatch, number, key, row):
+    """Only contrasts with the natural end of the selected set, and only the family of the table."""
+    lines = ["family,before,arm,setting,benchmark,n,accuracy,difference,low,high",
+             "data,selected natural,full,natural,tiny_hard,30,0.5,-0.1,-0.2,0.1",
+             "data,selected 2 x Wait,longest,natural,tiny_hard,30,0.9,0.1,-0.2,0.1",
+             "strings,selected natural,selected,2 x Hmm,tiny_hard,30,0.5,-0.1,-0.2,0.1"]
     monkeypatch.setenv("S1BOOK_RUN", str(tmp_path))
-    run = Run.open("tiny")
-    before = our_side(number, run)
-    assert isinstance(before, str) == (number == 2)
     (tmp_path / "ablations").mkdir()
-    pd.DataFrame({"other": [1]}).to_csv(tmp_path / "ablations" / "a.csv", index=False)
-    found = pd.DataFrame({key: ["x"], "benchmark": ["tiny_hard"], "accuracy": [0.123456]})
-    found.to_csv(tmp_path / "ablations" / "b.csv", index=False)
-    shown = our_side(number, run)
-    assert shown[key].tolist() == ["x"] and shown.accuracy.tolist() == [0.123]
+    (tmp_path / "ablations" / "table.csv").write_text("\n".join(lines) + "\n")
+    shown = our_side(number, Run.open("tiny"))
+    assert shown.to_dict("list") == {
+        key: [row], "tiny_hard, n = 30": ["50.0; difference to ours -10.0 [-20.0, +10.0]"]}
 
 
 def test_a_run_without_a_curve_has_no_statements(run):

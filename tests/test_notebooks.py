@@ -22,7 +22,7 @@ REFERENCE = {  # chapter -> what lies right below it: machinery, or what to look
     "grade": ["asking", "verifier", "columns"], "features": ["judge", "rubric"],
     "sft": ["packing", "adapters", "training_files", "forgetting"], "engine": ["backends", "textserver"], "budget": ["forcing"],
     "controls": ["replay", "simulate", "methods"], "parallel": ["reward"], "evaluate": ["benchmarks", "exchange", "runcard"],
-    "scaling": ["repeats", "honest"],
+    "scaling": ["repeats", "honest"], "ablations": ["contrasts"],
     "cost": ["launch"], "serve": ["streaming", "ask", "wire"]}
 MACHINERY = ["preflight", "leaks", "card", "figures", "diff", "runner", "pages", "inspector", "tables", "report", "cli"]  # above every chapter
 MODULES = sorted(p for p in Path("s1book").glob("*.py") if not p.name.startswith("_"))

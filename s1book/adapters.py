@@ -37,7 +37,7 @@ def need(
         raise MissingPackage(f"{key}: found {value!r} but no package {package}, wanted it "
                              f"installed ({how}), or another setting.")
 
-
+# %% ../nbs/adapters.ipynb #ada57e01
 def kernels(
     preset: Preset,  # device, sft
 ) -> tuple[str, bool]:  # attn_implementation, whether to use Liger
@@ -69,7 +69,7 @@ def lora(
     return LoraConfig(r=preset.sft.lora_rank, lora_alpha=2 * preset.sft.lora_rank,
                       target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
 
-
+# %% ../nbs/adapters.ipynb #ada57e02
 def base_weights(
     preset: Preset,  # dtype, sft
     model: str,  # folder or hub name of the base model

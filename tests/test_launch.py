@@ -59,6 +59,7 @@ def test_explanation_states_the_batch():
 SHARDED = """
 import os, sys
 import torch, torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from s1book.launch import shard
@@ -69,6 +70,8 @@ mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
 if world > 1:
     assert shard(model, mesh) == model.config.num_hidden_layers
     assert all(isinstance(p, DTensor) for p in model.parameters())
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    assert len(units) == model.config.num_hidden_layers + 1  # each block, and the rest
 optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for step in range(4):
     ids = torch.randint(0, 50, (4, 24), generator=torch.Generator().manual_seed(step))

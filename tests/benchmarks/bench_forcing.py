@@ -221,7 +221,7 @@ def vllm_rows(section, counted, work, waits, repetitions, targets):
         free = [Continuation(p, len(said(p, r)) - len(p), frozenset()) for p, r in zip(work.prompts, ours)]
         _, t = seconds(lambda: counted.fresh().run(once(ask) for ask in free))
         times["free"].append(t)
-    print(f"{section}, n = {waits}: {steps} steps against {counted.steps or steps} of free generation; seconds "
+    print(f"# {section}, n = {waits}: {steps} steps against {counted.steps or steps} of free generation; seconds "
           + ", ".join(f"{name} {statistics.median(values):.1f}" for name, values in times.items()), flush=True)
     bound = (waits + 1) * (BLOCK / 2 + len(work.forces[0].wait_ids))
     yield Row(section, waits, "times as fast as rounds", ratios(times["rounds"], times["ours"]), targets.get("speed"), ">=")
@@ -259,7 +259,7 @@ def transformers(work, args):
                 theirs, t = seconds(lambda: in_rounds(answer, forced(work, waits)))
                 times[way].append(t)
                 same(work, ours, way, theirs)
-        print(f"transformers, n = {waits}: {engine.stats.steps} steps, "
+        print(f"# transformers, n = {waits}: {engine.stats.steps} steps, "
               f"{engine.stats.generated / statistics.median(times['engine']):.0f} tokens per second; seconds "
               + ", ".join(f"{name} {statistics.median(values):.1f}" for name, values in times.items()), flush=True)
         for way, target in ("rounds", 4), ("one at a time", 7):
@@ -283,14 +283,15 @@ def sweeps(work, args):
     yield Row("sweep", longest, f"times as fast as {each} settings apart", ratios(times["apart"], times["one"]), None, "")
 
 
-def table(rows):
+HEAD = f"{'section':38} {'n':>2}  {'what':36} {'min':>7} {'median':>7} {'max':>7}  {'of':>2}  target"
+
+
+def line(row):
     """Least, median and greatest of all repetitions, and whether the median meets the target."""
-    print(f"\n{'section':38} {'n':>2}  {'what':36} {'min':>7} {'median':>7} {'max':>7}  {'of':>2}  target")
-    for row in rows:
-        least, middle, most = (f(row.values) for f in (min, statistics.median, max))
-        met = "" if row.target is None else f"{row.good} {row.target:g} " + (
-            "met" if (middle >= row.target if row.good == ">=" else middle <= row.target) else "MISSED")
-        print(f"{row.section:38} {row.waits:2}  {row.what:36} {least:7.3f} {middle:7.3f} {most:7.3f}  {len(row.values):2}  {met}")
+    least, middle, most = (f(row.values) for f in (min, statistics.median, max))
+    met = "" if row.target is None else f"{row.good} {row.target:g} " + (
+        "met" if (middle >= row.target if row.good == ">=" else middle <= row.target) else "MISSED")
+    return f"{row.section:38} {row.waits:2}  {row.what:36} {least:7.3f} {middle:7.3f} {most:7.3f}  {len(row.values):2}  {met}"
 
 
 SECTIONS = {"transformers": transformers, "vllm": vllm, "sweep": sweeps}
@@ -316,7 +317,10 @@ def main():
     print(f"{len(work.prompts)} requests, {sum(p.numel() for p in work.model.parameters()):,} parameters, "
           f"{torch.get_num_threads()} thread(s), {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(prefix="s1book-") as args.scratch:
-        table([row for name in args.sections for row in SECTIONS[name](work, args)])
+        print(HEAD)
+        for name in args.sections:
+            for row in SECTIONS[name](work, args):
+                print(line(row), flush=True)
 
 
 if __name__ == "__main__":

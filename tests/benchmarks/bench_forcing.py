@@ -193,10 +193,14 @@ def needed(prompts, results):
 
 # ---------------------------------------------------------------- measuring
 
+CLOCK = ["wall"]  # the one that the command line chose
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
 def seconds(action):
     """A result and the time it took."""
-    began = time.perf_counter()
-    return action(), time.perf_counter() - began
+    began = CLOCKS[CLOCK[0]]()
+    return action(), CLOCKS[CLOCK[0]]() - began
 
 
 def ratios(above, below):
@@ -221,7 +225,7 @@ def vllm_rows(section, counted, work, waits, repetitions, targets):
         free = [Continuation(p, len(said(p, r)) - len(p), frozenset()) for p, r in zip(work.prompts, ours)]
         _, t = seconds(lambda: counted.fresh().run(once(ask) for ask in free))
         times["free"].append(t)
-    print(f"{section}, n = {waits}: {steps} steps against {counted.steps or steps} of free generation; seconds "
+    print(f"# {section}, n = {waits}: {steps} steps against {counted.steps or steps} of free generation; seconds "
           + ", ".join(f"{name} {statistics.median(values):.1f}" for name, values in times.items()), flush=True)
     bound = (waits + 1) * (BLOCK / 2 + len(work.forces[0].wait_ids))
     yield Row(section, waits, "times as fast as rounds", ratios(times["rounds"], times["ours"]), targets.get("speed"), ">=")
@@ -259,7 +263,7 @@ def transformers(work, args):
                 theirs, t = seconds(lambda: in_rounds(answer, forced(work, waits)))
                 times[way].append(t)
                 same(work, ours, way, theirs)
-        print(f"transformers, n = {waits}: {engine.stats.steps} steps, "
+        print(f"# transformers, n = {waits}: {engine.stats.steps} steps, "
               f"{engine.stats.generated / statistics.median(times['engine']):.0f} tokens per second; seconds "
               + ", ".join(f"{name} {statistics.median(values):.1f}" for name, values in times.items()), flush=True)
         for way, target in ("rounds", 4), ("one at a time", 7):
@@ -283,14 +287,15 @@ def sweeps(work, args):
     yield Row("sweep", longest, f"times as fast as {each} settings apart", ratios(times["apart"], times["one"]), None, "")
 
 
-def table(rows):
+HEAD = f"{'section':38} {'n':>2}  {'what':36} {'min':>7} {'median':>7} {'max':>7}  {'of':>2}  target"
+
+
+def line(row):
     """Least, median and greatest of all repetitions, and whether the median meets the target."""
-    print(f"\n{'section':38} {'n':>2}  {'what':36} {'min':>7} {'median':>7} {'max':>7}  {'of':>2}  target")
-    for row in rows:
-        least, middle, most = (f(row.values) for f in (min, statistics.median, max))
-        met = "" if row.target is None else f"{row.good} {row.target:g} " + (
-            "met" if (middle >= row.target if row.good == ">=" else middle <= row.target) else "MISSED")
-        print(f"{row.section:38} {row.waits:2}  {row.what:36} {least:7.3f} {middle:7.3f} {most:7.3f}  {len(row.values):2}  {met}")
+    least, middle, most = (f(row.values) for f in (min, statistics.median, max))
+    met = "" if row.target is None else f"{row.good} {row.target:g} " + (
+        "met" if (middle >= row.target if row.good == ">=" else middle <= row.target) else "MISSED")
+    return f"{row.section:38} {row.waits:2}  {row.what:36} {least:7.3f} {middle:7.3f} {most:7.3f}  {len(row.values):2}  {met}"
 
 
 SECTIONS = {"transformers": transformers, "vllm": vllm, "sweep": sweeps}
@@ -303,12 +308,14 @@ def main():
     parser.add_argument("--model", type=Path, help="a fine-tuned tiny model, on questions of the tiny world, instead of the random one")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--slots", type=int, default=64, help="rows at a time in the sections transformers and sweep")
-    parser.add_argument("--waits", type=int, nargs="+", default=[0, 1, 2, 4])
+    parser.add_argument("--waits", type=int, nargs="*", default=[0, 1, 2, 4])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seed", type=int, default=6, help="of prompts and lengths; how many steps rounds need hangs on it")
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of this process, for a machine that others use too")
     args = parser.parse_args()
+    CLOCK[0] = args.clock
     if wrong := set(args.sections) - set(SECTIONS):
         parser.error(f"sections: found {', '.join(sorted(wrong))}, wanted some of {', '.join(SECTIONS)}")
     logging.disable_progress_bar()
@@ -316,7 +323,10 @@ def main():
     print(f"{len(work.prompts)} requests, {sum(p.numel() for p in work.model.parameters()):,} parameters, "
           f"{torch.get_num_threads()} thread(s), {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(prefix="s1book-") as args.scratch:
-        table([row for name in args.sections for row in SECTIONS[name](work, args)])
+        print(HEAD)
+        for name in args.sections:
+            for row in SECTIONS[name](work, args):
+                print(line(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ def honest_figure(
     """Accuracy against generated tokens: truncation, Waits and votes on one axis."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.8, 3.4), layout="constrained")
     axis, color = figure.subplots(), STYLE.get(preset, STYLE["tiny"])["color"]
     for series, (marker, line, words) in LOOKS.items():
         part = points[points.series == series]

@@ -276,7 +276,7 @@ def curve_figure(
     """Accuracy against thinking tokens, one panel per benchmark."""
     import seaborn
 
-    grid = seaborn.FacetGrid(points, col="benchmark", height=3.6, aspect=0.95)
+    grid = seaborn.FacetGrid(points, col="benchmark", height=3.2, aspect=1.0)
     for name, axis in grid.axes_dict.items():
         part = points[points.benchmark == name]
         if not seeds.empty:

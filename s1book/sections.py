@@ -135,7 +135,8 @@ class _Described(Section):
 # %% ../nbs/sections.ipynb #14617468
 class Server(_Described):
     "A server that speaks OpenAI's chat protocol; keys that are not given are those of SERVERS."
-    like: Literal["deepseek", "gemini", "vllm", "transformers"] = Field(description="which entry of SERVERS")
+    like: Literal["deepseek", "gemini", "vllm", "transformers"] = Field(
+        description="which entry of SERVERS")
     url: str = Field(description="address, without name, password or key in it")
     key: str = Field(description="environment variable that holds the key; empty: none is needed")
     thinking: Literal["field", "<think>", "<thought>", "none"] = Field(

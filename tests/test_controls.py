@@ -101,7 +101,7 @@ def test_a_trace_with_a_control_token_is_refused(tokenizer):
 
 def token_by_token(next_ids, force, last):
     """A second implementation of the countdown: one token at a time, headers found by looking back."""
-    text, ended = [], None
+    text, ended, wish = [], None, None
     while ended is None and len(text) < force.max_thinking:
         wish = next_ids(OPENED + text)[0]
         marks = [-1, *[i for i, t in enumerate(text) if t == START]]
@@ -115,7 +115,7 @@ def token_by_token(next_ids, force, last):
             text.append(wish)
     while text and text[-1] == START:
         text.pop()
-    return text, bool(ended)
+    return text, bool(ended), (END if wish == END else START) if ended else None
 
 
 def header_dice(seed, stop):
@@ -138,11 +138,11 @@ countdowns = st.builds(header_dice, st.integers(0, 10_000), st.sampled_from([0.0
 def test_a_countdown_is_what_one_token_at_a_time_gives(model, maximum, last):
     force, engine = replace(FORCE, max_thinking=maximum), ScriptedEngine(model)
     [result] = engine.run([count_down(OPENED, force, last)])
-    ids, ended = token_by_token(model, force, last)
+    ids, ended, mark = token_by_token(model, force, last)
     if any(len(ask.ids) + ask.max_new_tokens > len(OPENED) + maximum for ask, _ in engine.log[:-1]):
         raise AssertionError("more tokens asked for than the maximum leaves")
     assert len(result.trace.ids) <= maximum
-    assert (result.trace.ids, result.trace.ended) == (ids, ended)
+    assert (result.trace.ids, result.trace.ended, result.trace.end_mark) == (ids, ended, mark)
     assert engine.log[-1][0].ids == (OPENED if ids else PROMPT) + ids + list(result.closing)
 
 

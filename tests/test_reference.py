@@ -91,3 +91,25 @@ def test_the_run_card_names_the_shipped_model():
     card = json.loads((REFERENCE / "run_card.json").read_text())
     assert card["seed"] == 0 and "tiny_mixed" in json.dumps(card)
     assert set(SIZES) == {"base", "small"} and read_jsonl(REFERENCE / "example_traces.jsonl")
+
+
+def test_collecting_keeps_every_file_that_a_table_follows_from(tmp_path):
+    from s1book.config import S1Error
+    from s1book.runner import KEPT_ONCE, KEPT_PER_SEED, collect
+
+    runs = [tmp_path / f"seed{seed}" for seed in (0, 1)]
+    for run in runs:
+        for name in {*KEPT_ONCE, *KEPT_PER_SEED, "base", "small"}:
+            path = run / name
+            (path if "." not in name else path.parent).mkdir(parents=True, exist_ok=True)
+            (path / "some.json" if "." not in name else path).write_text(f"{run.name}\nmore\n")
+    collect(runs, tmp_path / "data")
+    for seed in (0, 1):
+        kept = {p.relative_to(tmp_path / "data/reference/seeds" / str(seed)).as_posix()
+                for p in (tmp_path / "data/reference/seeds" / str(seed)).rglob("*") if p.is_file()}
+        assert kept == {name + ".gz" * (name == "records.jsonl") for name in KEPT_PER_SEED}
+        assert {"controls/runs.parquet", "controls/table.csv", "parallel/runs.parquet", "parallel/table.csv"} <= kept
+        assert (tmp_path / f"data/reference/seeds/{seed}/parallel/runs.parquet").read_text().startswith(f"seed{seed}")
+    (runs[1] / "controls/runs.parquet").unlink()
+    with pytest.raises(S1Error, match="controls/runs.parquet is missing: run: make reference"):
+        collect(runs, tmp_path / "data")

@@ -403,15 +403,12 @@ class VLLM:
 
     def step(self) -> list[Piece]:
         "One token for every request that fits (see `Backend`)."
-        pieces = []
-        for output in self.engine.step():
-            name = int(output.request_id)
-            if name not in self.under_way:
-                continue  # dropped by the run before
-            pieces.append(vllm_piece(output, self.under_way[name]))
-            self.under_way[name] += len(pieces[-1].ids)
-            if output.finished:
-                del self.under_way[name]
+        kept = (o for o in self.engine.step() if int(o.request_id) in self.under_way)  # not dropped
+        pieces = [vllm_piece(output, self.under_way[int(output.request_id)]) for output in kept]
+        for piece in pieces:
+            self.under_way[piece.name] += len(piece.ids)
+            if piece.over:
+                del self.under_way[piece.name]
         return pieces
 
     def drop(self) -> None:

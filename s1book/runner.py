@@ -702,7 +702,7 @@ def _urgency(
     rest = max((_urgency(course, c) for c in after), default=0.0)
     return course.expected.get(chapter.name, 0.0) + rest
 
-
+# %% ../nbs/runner.ipynb #a1c0de1f
 def _fill(
     course: Course,
     jobs: int,  # how many chapters may run at the same time

@@ -407,20 +407,15 @@ def flow(books: Books, backend: Backend, stats: Stats) -> list[Any]:
             new[piece.name][piece.at:] = piece.ids
             books.watch.wrote(jobs[piece.name], piece.at, piece.ids)
             if piece.over:
-                reply = Continued(new.pop(piece.name), piece.stop_id)
-                give(books, jobs.pop(piece.name), reply)
+                give(books, jobs.pop(piece.name), Continued(new.pop(piece.name), piece.stop_id))
 
-# %% ../nbs/10_engines.ipynb #e7f10a03
+
 @dataclass
 class FlowEngine:
     "Runs strategies on an engine that is not ours."
     backend: Backend  # vLLM, or a server
     stats: Stats = field(default_factory=Stats)
-
-    @property
-    def context(self) -> int:
-        "Tokens of a request and its reply together."
-        return self.backend.context
+    context = property(lambda self: self.backend.context)  # tokens of a request and its reply
 
     def run(self, strategies, on_result=None, on_progress=None, on_tokens=None) -> list[Any]:
         "Run all strategies (see `Engine`)."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'CPU', 'QUIET', 'Progress', 'Stats', 'shared', 'Tokens', 'Watch', 'announce', 'own_random', 'choose',
            'EngineStopped', 'may_stop', 'Piece', 'Backend', 'dropping', 'vllm_sampling', 'import_vllm', 'wider',
-           'widen_heads', 'for_the_cpu', 'adapter_of', 'vllm_arguments', 'vllm_piece', 'VLLM', 'open_vllm',
+           'widen_heads', 'for_the_cpu', 'adapter_of', 'vllm_arguments', 'vllm_piece', 'rank', 'VLLM', 'open_vllm',
            'completion_fields', 'read_piece', 'dial', 'context_of', 'choices', 'Order', 'ask_once', 'Line',
            'Completions', 'send', 'receive']
 
@@ -380,6 +380,16 @@ def vllm_piece(
     return Piece(int(output.request_id), at, ids if said.stop_reason is None else ids[:-1],
                  output.finished, said.stop_reason, output.num_cached_tokens or 0)
 
+
+def rank(
+    backend: "VLLM",  # knows its room and what is under way
+    ask: Any,  # a Continuation
+    soon: bool,  # of a strategy under way
+) -> int:  # vLLM's priority; the least goes first
+    "Continuations go first where the cache could not hold all that is under way, grown like this."
+    scarce = 2 * len(ask.ids) * (len(backend.under_way) + 1) > backend.room
+    return -1 if soon and scarce else 0
+
 # %% ../nbs/backends.ipynb #fd3d877f
 @dataclass
 class VLLM:
@@ -395,20 +405,20 @@ class VLLM:
     def add(self, name: int, ask: Any, soon: bool, watched: bool) -> None:
         "Take a request (see `Backend`)."
         sampling = vllm_sampling(ask, self.vocabulary, self.rows, watched)
-        scarce = 2 * len(ask.ids) * (len(self.under_way) + 1) > self.room  # if all grow like this
         self.engine.add_request(str(name), {"type": "token", "prompt_token_ids": list(ask.ids)},
-                                sampling, lora_request=self.lora,
-                                priority=-1 if soon and scarce else 0)
+                                sampling, lora_request=self.lora, priority=rank(self, ask, soon))
         self.under_way[name] = 0
 
     def step(self) -> list[Piece]:
         "One token for every request that fits (see `Backend`)."
-        kept = (o for o in self.engine.step() if int(o.request_id) in self.under_way)  # not dropped
-        pieces = [vllm_piece(output, self.under_way[int(output.request_id)]) for output in kept]
-        for piece in pieces:
-            self.under_way[piece.name] += len(piece.ids)
-            if piece.over:
-                del self.under_way[piece.name]
+        pieces = []
+        for output in self.engine.step():
+            if (name := int(output.request_id)) not in self.under_way:
+                continue  # dropped by the run before
+            pieces.append(vllm_piece(output, self.under_way[name]))
+            self.under_way[name] += len(pieces[-1].ids)
+            if output.finished:
+                del self.under_way[name]
         return pieces
 
     def drop(self) -> None:
@@ -499,8 +509,7 @@ def context_of(
         raise S1Error(f"{server.url}: {failure_of(error, key_of(server))[0]}") from None
     if model not in models:
         raise S1Error(f"{server.url}: found the models {sorted(models)}, wanted {model!r}; "
-                      "vLLM's option --served-model-name sets the name; for "
-                      "transformers serve, set engine.server={like: transformers}.")
+                      "vLLM's option --served-model-name sets the name.")
     return models[model].get("max_model_len") or 1 << 30
 
 # %% ../nbs/backends.ipynb #d8565d49

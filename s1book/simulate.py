@@ -238,7 +238,7 @@ def roofline(
     gpus: int = 8,  # that share every layer
     wide: int = 2,  # bytes of a number: 2 in bfloat16, 4 in float32
     weights: float = 32.76e9,  # of Qwen2.5-32B
-    cached: int = 2 * 64 * 8 * 128,  # numbers a token caches: K and V, layers, heads, size
+    cached: int = 2 * 64 * 8 * 128,  # numbers of a cached token: K, V, layers, heads, size
     memory: float = 80e9,  # bytes of a GPU (H100 SXM, data sheet, as the next two)
     bandwidth: float = 3.35e12,  # bytes per second from memory
     peak: float | None = None,  # operations per second; None: 989e12, or 67e12 in float32

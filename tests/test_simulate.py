@@ -211,7 +211,7 @@ def test_our_engine_takes_the_replayed_steps(model, waits, wait_ids, maximum, sl
     assert counted == simulate_rounds(turns, slots, ours, keeps=False).steps
 
 
-@pytest.mark.parametrize("maximum, asks", [(20, 3), (13, 3), (3, 2), (0, 1)])
+@pytest.mark.parametrize("maximum, asks", [(20, 3), (12, 3), (3, 2), (0, 1)])
 def test_turns_are_what_was_asked(maximum, asks):
     log = ScriptedEngine(lambda ids: 1 if len(ids) % 7 == 0 else 30)
     force = Force(max_thinking=maximum, ignore_end=1, wait_ids=(7, 8), **FORCE)

@@ -211,15 +211,16 @@ def test_our_engine_takes_the_replayed_steps(model, waits, wait_ids, maximum, sl
     assert counted == simulate_rounds(turns, slots, ours, keeps=False).steps
 
 
-def test_turns_are_what_was_asked():
+@pytest.mark.parametrize("maximum, asks", [(20, 3), (12, 3), (3, 2), (0, 1)])
+def test_turns_are_what_was_asked(maximum, asks):
     log = ScriptedEngine(lambda ids: 1 if len(ids) % 7 == 0 else 30)
-    force = Force(max_thinking=20, ignore_end=1, wait_ids=(7, 8), **FORCE)
+    force = Force(max_thinking=maximum, ignore_end=1, wait_ids=(7, 8), **FORCE)
     [result] = log.run([budget_force([5] * 9, force)])
     asked, known = [], 0
     for ask, reply in log.log:
         asked.append(Turn(len(ask.ids) - known, len(reply.new_ids) + (reply.stop_id is not None)))
         known = len(ask.ids) + len(reply.new_ids) - (reply.stop_id is None)
-    assert list(turns_of(9, result)) == asked and len(asked) == 3
+    assert list(turns_of(9, result)) == asked and len(asked) == asks
 
 
 # ---------------------------------------------------------------- the machine that we do not have

@@ -280,9 +280,10 @@ def inputs_of(
         found[f"benchmarks/{name}"] = sha256(run.read(f"benchmarks/{name}.jsonl"))
     asked = run.preset.evaluate
     once = asked.samples == 1 and not asked.temperature
-    greedy = {"evaluate": {"samples", "temperature"}} if once else None
-    preset = run.preset.model_dump_json(  # as it was before there were samples
-        include={"seed", "engine", "budget", "evaluate", "device"}, exclude=greedy)
+    greedy = {"evaluate": {"samples", "temperature"}} if once else {}
+    preset = run.preset.model_dump_json(  # where a server stands changes no token
+        include={"seed", "engine", "budget", "evaluate", "device"},
+        exclude={"engine": {"server"}, **greedy})
     return found | {"preset": hashlib.sha256(preset.encode()).hexdigest()}
 
 

@@ -240,6 +240,12 @@ def test_records_of_another_budget_are_refused(folder):
         evaluate(Run.open("tiny", [*SMALL, "budget.max_answer_tokens=5"]))
 
 
+def test_records_outlive_the_port_of_a_server(folder):
+    where = lambda port: inputs_of(Run.open("tiny", [*SMALL, f"engine.server={{like: vllm, url: http://127.0.0.1:{port}/v1}}"]))
+    assert where(1) == where(2) == inputs_of(Run.open("tiny", SMALL))
+    assert where(1) != inputs_of(Run.open("tiny", [*SMALL, "engine.dtype=bfloat16"]))
+
+
 def test_run_card(folder):
     records = evaluate(Run.open("tiny", SMALL))
     text = (folder / "run_card.json").read_text()

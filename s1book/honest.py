@@ -407,7 +407,7 @@ NO_DATA = {  # what others have found, and why our records cannot say
     "the gain is more spread, not more thinking (2506.04210)":
         "needs several samples per question and number of Waits; ours are greedy",
     "other words than Wait do as well (ICLR 2026 blog)":
-        "needs other words; here only a line break was tried",
+        "needs other words; chapter 17 writes them",
 }
 
 

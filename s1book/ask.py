@@ -183,7 +183,7 @@ def model_for(
         reason = str(error).strip().splitlines()[0][:120]
         raise S1Error(f"--model {model}: found no model that can be opened ({reason}), wanted one "
                       "with weights and tokenizer.") from None
-    longer = {"max_answer_tokens": 1024, "max_thinking_tokens": 2048}
+    longer = {"max_answer_tokens": min(1024, engine.context // 4), "max_thinking_tokens": 2048}
     return engine, tokenizer, preset.budget.model_copy(update=longer)
 
 # %% ../nbs/ask.ipynb #62b0721f

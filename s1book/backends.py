@@ -509,7 +509,8 @@ def context_of(
         raise S1Error(f"{server.url}: {failure_of(error, key_of(server))[0]}") from None
     if model not in models:
         raise S1Error(f"{server.url}: found the models {sorted(models)}, wanted {model!r}; "
-                      "vLLM's option --served-model-name sets the name.")
+                      "vLLM's option --served-model-name sets the name; for "
+                      "transformers serve, set engine.server={like: transformers}.")
     return models[model].get("max_model_len") or 1 << 30
 
 # %% ../nbs/backends.ipynb #d8565d49

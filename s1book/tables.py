@@ -105,11 +105,11 @@ def from_contrasts(
     run: Run,
 ) -> pd.DataFrame:  # text
     """What chapter 17 has measured against the selected set's natural end, and the differences."""
-    family, key = {2: ("data", "arm"), 4: ("strings", "setting")}[number]
+    family, key, to = {2: ("data", "arm", "selected"), 4: ("strings", "setting", "natural")}[number]
     table = pd.read_csv(run.read("ablations/table.csv"), keep_default_na=False)
     table = table[(table.family == family) & (table.before == "selected natural")]
     numbers = (100 * table[["accuracy", "difference", "low", "high"]]).to_numpy()
-    table = table.assign(text=[f"{a:.1f}; difference to ours {d:+.1f} [{low:+.1f}, {high:+.1f}]"
+    table = table.assign(text=[f"{a:.1f}; difference to {to} {d:+.1f} [{low:+.1f}, {high:+.1f}]"
                                for a, d, low, high in numbers])
     wide = table.pivot(index=key, columns="benchmark", values="text")
     sizes = table.groupby("benchmark", sort=False).n.first()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.multitest import multipletests
 
-import s1book.controls
+import s1book.methods
 import s1book.sft
 from s1book.ablations import (
     Arm, as_many_steps, clean_pool, distinct_strings, families, make_arm, measure_arm, other_sets, save_arm,
@@ -385,8 +385,8 @@ def test_asking_goes_on_where_it_was(run, tokenizer, monkeypatch):
     path = run.dir / "ablations/records.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:4]))
-    asked, real = [], s1book.controls.open_engine
-    monkeypatch.setattr(s1book.controls, "open_engine", lambda *a: asked.append(a) or real(*a))
+    asked, real = [], s1book.methods.open_engine
+    monkeypatch.setattr(s1book.methods, "open_engine", lambda *a: asked.append(a) or real(*a))
     again = measure_arm(run, "random", run.dir / "base", rows, strings)
     assert len(asked) == 1 and len(path.read_text().splitlines()) == 6
     pd.testing.assert_frame_equal(again, first)

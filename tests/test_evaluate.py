@@ -279,7 +279,7 @@ def test_a_benchmark_with_a_fault_is_refused():
 
 
 def test_an_unknown_benchmark_is_refused(folder):
-    with pytest.raises(MissingArtefact, match="chapter 01"):
+    with pytest.raises(MissingArtefact, match="chapter 02"):
         evaluate(Run.open("tiny", [*SMALL, "evaluate.benchmarks=[fwe]"]))
     assert not (folder / "records.jsonl").exists()
 

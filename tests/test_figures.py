@@ -216,8 +216,9 @@ def test_cut_traces_are_counted_and_not_trained_on(run):
     assert accuracies.iloc[1].str.contains("[", regex=False).all()
 
 
-@pytest.mark.parametrize("number, key, row", [(2, "set", "full"), (4, "string", "2 x Hmm")])
-def test_tables_of_chapter_17_are_shown_once_they_are_there(tmp_path, monkeypatch, number, key, row):
+@pytest.mark.parametrize("number, key, row, to", [
+    (2, "set", "full", "selected"), (4, "string", "2 x Hmm", "natural")])
+def test_tables_of_chapter_17_are_shown_once_they_are_there(tmp_path, monkeypatch, number, key, row, to):
     """Only contrasts with the natural end of the selected set, and only the family of the table."""
     lines = ["family,before,arm,setting,benchmark,n,accuracy,difference,low,high",
              "data,selected natural,full,natural,tiny_hard,30,0.5,-0.1,-0.2,0.1",
@@ -228,7 +229,7 @@ def test_tables_of_chapter_17_are_shown_once_they_are_there(tmp_path, monkeypatc
     (tmp_path / "ablations" / "table.csv").write_text("\n".join(lines) + "\n")
     shown = our_side(number, Run.open("tiny"))
     assert shown.to_dict("list") == {
-        key: [row], "tiny_hard, n = 30": ["50.0; difference to ours -10.0 [-20.0, +10.0]"]}
+        key: [row], "tiny_hard, n = 30": [f"50.0; difference to {to} -10.0 [-20.0, +10.0]"]}
 
 
 def test_a_run_without_a_curve_has_no_statements(run):

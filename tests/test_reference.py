@@ -111,5 +111,5 @@ def test_collecting_keeps_every_file_that_a_table_follows_from(tmp_path):
         assert {"controls/runs.parquet", "controls/table.csv", "parallel/runs.parquet", "parallel/table.csv"} <= kept
         assert (tmp_path / f"data/reference/seeds/{seed}/parallel/runs.parquet").read_text().startswith(f"seed{seed}")
     (runs[1] / "controls/runs.parquet").unlink()
-    with pytest.raises(S1Error, match="controls/runs.parquet is missing: run: make reference"):
+    with pytest.raises(S1Error, match="runs.parquet is missing: run: make reference"):
         collect(runs, tmp_path / "data")

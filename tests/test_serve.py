@@ -300,14 +300,18 @@ def test_the_command_says_where_it_listens_answers_and_ends():
     import sys
 
     command = [sys.executable, "-m", "s1book.cli", "serve", "--model", "data/reference/sft", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        line = process.stdout.readline()
-        assert line.startswith("Listening on http://127.0.0.1:") and "model sft;" in line, process.stderr.read()
-        client = openai.OpenAI(base_url=line.split()[2].rstrip(","), api_key="x", max_retries=0)
-        said = client.chat.completions.create(model="sft", messages=[{"role": "user", "content": WORD}])
-        assert said.thinking["tokens"] > 0
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs us may ignore Ctrl-C
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listens) as process:
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("Listening on http://127.0.0.1:") and "model sft;" in line
+            client = openai.OpenAI(base_url=line.split()[2].rstrip(","), api_key="x", max_retries=0)
+            said = client.chat.completions.create(model="sft", messages=[{"role": "user", "content": WORD}])
+            assert said.thinking["tokens"] > 0
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 130
+        finally:
+            process.kill()
 
 
 def test_importing_the_module_loads_nothing_heavy():

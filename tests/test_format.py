@@ -157,6 +157,7 @@ def test_prompts_end_where_they_should(tiny_tokenizer):
         ("So\nAnswer: 3\n", "So\nAnswer: 3"),
         ("Final Answer: 3", "Final Answer: 3"),
         ("answer: 3", "Answer: answer: 3"),
+        ("Answers: 3", "Answer: Answers: 3"),
         (" 3 ", "Answer:  3"),
     ],
 )

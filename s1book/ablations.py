@@ -176,7 +176,7 @@ def thought_on(
     tokenizer: "PreTrainedTokenizerFast",  # of the model
     forces: dict[str, Force],  # of string_forces
     row: dict,  # a question
-) -> Strategy:  # returns setting -> correct, thinking_tokens, natural
+) -> Strategy:  # returns setting -> fields of chapter 12
     "All settings of a question, out of one decode up to the first end."
     prompt = prompt_ids(tokenizer, row["question"])
     found = yield from together({s: budget_force(prompt, force) for s, force in forces.items()})

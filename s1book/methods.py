@@ -16,7 +16,7 @@ from typing import Any
 
 from .budget import Force, make_force
 from s1book.config import (
-    Preset, Run, append_jsonl, file_hash, files_hash, project_root, read_jsonl,
+    Preset, Run, append_jsonl, files_hash, project_root, read_jsonl,
 )
 from .engine import Strategy, open_engine
 
@@ -35,8 +35,6 @@ def weights_hash(
 ) -> str:
     "A fingerprint of a model's weights; a name on the hub stands for itself."
     files = sorted(Path(model).glob("*.safetensors"))
-    if len(files) == 1:
-        return file_hash(files[0])
     return files_hash(files, b"" if Path(model).is_dir() else str(model).encode())
 
 

@@ -1,6 +1,7 @@
 """Ablations: the same cost for every arm, one decode for many words, every contrast paired and corrected."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from s1book.contrasts import (
 )
 from s1book.engine import ScriptedEngine
 from s1book.pretraining import Size, make_model, make_tokenizer
-from s1book.runner import KEPT_IF_THERE, KEPT_ONCE, KEPT_PER_SEED, all_needs, collect, find_chapters
+from s1book.runner import KEPT_ONCE, KEPT_PER_SEED, all_needs, collect, find_chapters
 from s1book.select import ABLATIONS
 from s1book.sft import total_steps
 from s1book.stats import mcnemar, paired_bootstrap
@@ -459,27 +460,26 @@ def run_folder(folder, seed, ablated):
         else:
             path.mkdir()
             (path / "config.json").write_text("{}")
-    if ablated:
-        (folder / "ablations").mkdir()
-        answers = made_answers(seed)
-        save_answers(answers, folder / KEPT_IF_THERE[0])
-        contrasts(answers, families(answers)["data"]).to_csv(folder / KEPT_IF_THERE[1], index=False)
+    answers = made_answers(seed)
+    save_answers(answers, folder / "ablations/answers.parquet")
+    contrasts(answers, families(answers)["data"]).to_csv(folder / "ablations/table.csv", index=False)
+    if not ablated:
+        shutil.rmtree(folder / "ablations")
     return folder
 
 
-def test_collect_keeps_the_ablations_and_does_without_in_an_older_run(tmp_path, capsys, monkeypatch):
+def test_collect_keeps_the_ablations_and_refuses_a_run_without(tmp_path, monkeypatch):
     monkeypatch.setenv("S1BOOK_ROOT", str(tmp_path))
     runs = [run_folder(tmp_path / f"seed{seed}", seed, seed != 1) for seed in (0, 1, 2)]
-    collect(runs, tmp_path / "data")
-    said = capsys.readouterr().out
-    assert said.count("is missing: that run has not been through chapter 17") == 1
-    assert said.startswith("seed1/ablations/answers.parquet") and said.count("\n") == 1
+    with pytest.raises(S1Error, match=r"seed1/ablations/\w+\.\w+ is missing: run: make reference"):
+        collect(runs, tmp_path / "data")
     reference = tmp_path / "data" / "reference"
+    assert not reference.exists(), "nothing is kept of runs that are not whole"
+    collect([runs[0], runs[2]], tmp_path / "data")
     assert (reference / "ablations/table.csv").exists() and (reference / "seeds/1/accuracy.csv").exists()
-    assert not (reference / "seeds/1/ablations").exists()
     found = recorded_answers("tiny", reference)
-    assert list(found.run_seed.unique()) == [0, 2]
-    pd.testing.assert_frame_equal(found[found.run_seed == 2].drop(columns="run_seed").reset_index(drop=True),
+    assert list(found.run_seed.unique()) == [0, 1]
+    pd.testing.assert_frame_equal(found[found.run_seed == 1].drop(columns="run_seed").reset_index(drop=True),
                                   made_answers(2))
 
 

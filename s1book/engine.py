@@ -87,7 +87,6 @@ class Job:
     strategy: int  # place of the strategy in the list
     place: int  # of the request among those it made together
     ask: Continuation
-    first: bool = True  # the strategy has just started
 
 # %% ../nbs/10_engines.ipynb #f1a3d329
 class Books:
@@ -114,7 +113,7 @@ class Books:
             raise ProtocolError(f"Strategy {i} yielded {asks!r:.50}, "
                                 "wanted a list of continuations.")
         self.replies[i] = [None] * len(asks)
-        self.asked[i] = [Job(i, place, ask, not before) for place, ask in enumerate(asks)]
+        self.asked[i] = [Job(i, place, ask) for place, ask in enumerate(asks)]
         self.waiting[i] = list(self.asked[i])
         announce(self.watch, self.asked[i], before, replies)
 
@@ -391,14 +390,15 @@ class TransformersEngine:
 
 # %% ../nbs/10_engines.ipynb #e7f10a02
 def flow(books: Books, backend: Backend, stats: Stats) -> list[Any]:
-    "Hand over every request at once, continuations before new ones; pass on whatever comes back."
-    jobs, new = {}, {}
+    "Hand over every request at once, and since when its strategy runs; pass on what comes back."
+    jobs, new, began = {}, {}, {}
     while True:
         while job := take(books):
             ask, name = check(job.ask, backend.vocabulary, backend.context), next(NAMES)
             jobs[name], new[name] = job, []
             with may_stop(books, ProtocolError):
-                backend.add(name, ask, not job.first, books.watch.on_tokens is not None)
+                backend.add(name, ask, began.setdefault(job.strategy, name),
+                            books.watch.on_tokens is not None)
         if not jobs:
             return books.results
         with may_stop(books, ProtocolError):

@@ -10,7 +10,6 @@ import heapq
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
@@ -56,24 +55,23 @@ class TextServer:
     model: str  # the name with which the server was started
     tokenizer: "PreTrainedTokenizerFast"  # of the model
     context: int  # tokens of a request and its reply
-    waiting: list = field(default_factory=list)  # a heap: continuations first, then in order
-    numbers: Any = field(default_factory=count)
+    waiting: list = field(default_factory=list)  # a heap: the oldest strategy first
 
     @property
     def vocabulary(self) -> int:
         "Ids that the tokenizer knows."
         return len(self.tokenizer)
 
-    def add(self, name: int, ask: Any, soon: bool, watched: bool) -> None:
+    def add(self, name: int, ask: Any, since: int, watched: bool) -> None:
         "Take a request (see `Backend`)."
         if ask.sampling.temperature:
             raise Stop(f"a server of texts: found temperature={ask.sampling.temperature}, wanted "
                        "0: it has one seed for all its requests, and no draw could be repeated.")
-        heapq.heappush(self.waiting, (not soon, next(self.numbers), name, ask))
+        heapq.heappush(self.waiting, (since, name, ask))
 
     def step(self) -> list[Piece]:
         "Send one request and wait for its reply (see `Backend`)."
-        *_, name, ask = heapq.heappop(self.waiting)
+        _, name, ask = heapq.heappop(self.waiting)
         ids, stop = written(self, ask)
         return [Piece(name, 0, ids, over=True, stop_id=stop)]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from s1book.backends import Completions, EngineStopped
+from s1book.backends import GROWTH, VLLM, Completions, EngineStopped, rank
 from s1book.config import S1Error, Server, load_preset
 from s1book.engine import Continuation, FlowEngine, ScriptedEngine, open_engine
 
@@ -79,6 +79,15 @@ def test_continuations_go_before_new_requests():
     with TokenServer(script) as server:
         engine_on(server, concurrency=1).run([two_turns(i) for i in range(4)])
         assert [b["prompt"][1] for b in server.bodies] == [6, 6, 7, 7, 8, 8, 9, 9]
+
+
+def test_priority_is_the_order_of_coming_in_ample_memory_and_age_in_scarce():
+    ask = Continuation([5] * 10, 8, frozenset())
+    room = GROWTH * 10 * 3  # of three requests with 10 ids that grow
+    for memory, wanted in (room, 9), (room - 1, 4):
+        backend = VLLM(None, 512, 512, 1024, room=memory, under_way={7: 0, 8: 0})
+        assert rank(backend, ask, name=9, since=4) == wanted
+        assert rank(backend, ask, name=9, since=9) == 9, "a new strategy, in any case"
 
 
 def test_every_setting_is_sent_so_that_no_default_of_the_server_counts():

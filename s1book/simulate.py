@@ -16,6 +16,7 @@ from random import Random
 from statistics import median
 from typing import NamedTuple
 
+from .backends import GROWTH
 from .config import S1Error
 from .forcing import Forced
 
@@ -55,7 +56,7 @@ class Machine:
 
 class Want(NamedTuple):
     "A request that waits; the least goes first."
-    late: bool  # a new strategy's, after those of strategies under way
+    priority: int  # as in chapter 10: its number, or that of its strategy's first request
     number: int  # in the order of coming
     request: int  # whose
     turn: int  # which of its turns
@@ -162,13 +163,13 @@ def want(
     requests: Requests,  # all of them
     i: int,  # whose
     turn: int,  # which of its turns
-    late: bool,  # whether it goes behind those that are not late
+    priority: int,  # the least goes first
     number: int,  # in the order of coming
 ) -> Want:
     "A turn as a request: all that came before it must be in the cache."
     before = sum(t.reads + t.writes for t in requests[i][:turn])
     now = requests[i][turn]
-    return Want(late, number, i, turn, before + now.reads, now.writes)
+    return Want(priority, number, i, turn, before + now.reads, now.writes)
 
 
 def empty(hall: Hall, wants: list[Want], follow: Callable[[Row], Want | None]) -> None:
@@ -197,7 +198,7 @@ def simulate(
     requests: Requests,  # the turns of every strategy
     slots: int,  # rows at the same time
     machine: Machine = Machine(),  # without costs: one second a step
-    urgent: bool | None = None,  # later turns go before first ones; None: once memory is scarce
+    by_age: bool | None = None,  # the oldest strategy first; None: once memory is scarce
 ) -> Hall:  # with what it counted
     "Replay the engine without a barrier (chapter 10)."
     checked(requests, slots)
@@ -209,11 +210,11 @@ def simulate(
         if turn == len(requests[i]):
             under_way -= 1
             return None
-        after = want(requests, i, turn, True, last)
-        scarce = 2 * after.tokens * under_way > machine.pool
-        return after._replace(late=not (scarce if urgent is None else urgent))
+        after = want(requests, i, turn, i, last)
+        scarce = GROWTH * after.tokens * under_way > machine.pool
+        return after if (scarce if by_age is None else by_age) else after._replace(priority=last)
 
-    begin = [want(requests, i, 0, True, i) for i, turns in enumerate(requests) if turns]
+    begin = [want(requests, i, 0, i, i) for i, turns in enumerate(requests) if turns]
     empty(hall, begin, follow)
     return hall
 
@@ -229,7 +230,7 @@ def simulate_rounds(
     for turn in range(checked(requests, slots)):
         if not keeps:
             hall.kept, hall.spare = {}, 0
-        empty(hall, [want(requests, i, turn, False, i) for i, turns in enumerate(requests)
+        empty(hall, [want(requests, i, turn, i, i) for i, turns in enumerate(requests)
                      if turn < len(turns)], lambda row: None)
     return hall
 

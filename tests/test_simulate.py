@@ -44,27 +44,27 @@ def test_with_a_slot_for_everybody_the_longest_chain_decides_and_rounds_are_neve
 
 @given(REQUESTS, SLOTS)
 def test_steps_are_those_of_jobs_dealt_to_slots(requests, slots):
-    assert simulate(requests, slots, urgent=True).steps == dealt(map(work, requests), slots)
+    assert simulate(requests, slots, by_age=True).steps == dealt(map(work, requests), slots)
     rounds = [[r[k].writes for r in requests if k < len(r)] for k in range(max(map(len, requests)))]
     assert simulate_rounds(requests, slots).steps == sum(dealt(one, slots) for one in rounds)
 
 
 @given(REQUESTS, SLOTS, st.sampled_from([True, False, None]))
-def test_steps_lie_between_the_least_possible_and_graham_s_bound(requests, slots, urgent):
-    total, longest, steps = sum(map(work, requests)), max(map(work, requests)), simulate(requests, slots, urgent=urgent).steps
+def test_steps_lie_between_the_least_possible_and_graham_s_bound(requests, slots, by_age):
+    total, longest, steps = sum(map(work, requests)), max(map(work, requests)), simulate(requests, slots, by_age=by_age).steps
     assert max(ceil(total / slots), longest) <= steps <= total / slots + longest * (slots - 1) / slots
 
 
 @given(REQUESTS, SLOTS)
 def test_more_slots_never_need_more_steps(requests, slots):
-    assert simulate(requests, slots + 1, urgent=True).steps <= simulate(requests, slots, urgent=True).steps
+    assert simulate(requests, slots + 1, by_age=True).steps <= simulate(requests, slots, by_age=True).steps
     assert simulate_rounds(requests, slots + 1).steps <= simulate_rounds(requests, slots).steps
 
 
 @given(st.lists(TURN, min_size=1, max_size=5).map(tuple), st.integers(1, 9), SLOTS)
 def test_equal_lengths_leave_nothing_to_gain(turns, questions, slots):
     rounds = simulate_rounds([turns] * questions, slots).steps
-    assert simulate([turns] * questions, slots, urgent=True).steps == rounds
+    assert simulate([turns] * questions, slots, by_age=True).steps == rounds
     if questions <= slots:
         assert simulate([turns] * questions, slots).steps == rounds
 
@@ -78,7 +78,7 @@ def test_one_turn_each_is_one_round(turns, slots):
 def test_with_few_slots_rounds_can_be_lucky():
     """Why the first test asks for a slot for everybody."""
     lucky = [(Turn(5, 2), Turn(1, 1)), (Turn(5, 1), Turn(1, 2)), (Turn(5, 1), Turn(1, 1))]
-    assert (simulate(lucky, 2, urgent=True).steps, simulate_rounds(lucky, 2).steps) == (5, 4)
+    assert (simulate(lucky, 2, by_age=True).steps, simulate_rounds(lucky, 2).steps) == (5, 4)
 
 
 # ---------------------------------------------------------------- against a slow twin that goes step by step
@@ -110,7 +110,7 @@ def slowly(requests, slots, machine, by_steps=1):
 @given(REQUESTS, SLOTS, st.sampled_from([1, 4, 20]))
 def test_sums_over_many_steps_are_the_steps(requests, slots, by_steps):
     machine = Machine(COSTS.fixed, COSTS.per_token, COSTS.per_cached, by_steps=by_steps)
-    hall = simulate(requests, slots, machine, urgent=True)
+    hall = simulate(requests, slots, machine, by_age=True)
     assert (hall.steps, hall.seconds, hall.read) == slowly(requests, slots, machine, by_steps)
 
 
@@ -118,11 +118,11 @@ def test_sums_over_many_steps_are_the_steps(requests, slots, by_steps):
 
 @given(REQUESTS, SLOTS, st.integers(0, 60), st.sampled_from([True, False, None]), st.booleans())
 @settings(max_examples=300)
-def test_scarce_memory_loses_no_token_and_never_reads_less(requests, slots, spare, urgent, rounds):
+def test_scarce_memory_loses_no_token_and_never_reads_less(requests, slots, spare, by_age, rounds):
     longest = max(sum(t.reads + t.writes for t in turns) for turns in requests)
     machine = Machine(per_token=1.0, pool=longest + 1 + spare)
     def run(m):
-        return simulate_rounds(requests, slots, m) if rounds else simulate(requests, slots, m, urgent)
+        return simulate_rounds(requests, slots, m) if rounds else simulate(requests, slots, m, by_age)
     tight, free = run(machine), run(Machine(per_token=1.0))
     assert tight.wrote == free.wrote == sum(map(work, requests))
     assert tight.read >= free.read == sum(t.reads for turns in requests for t in turns)
@@ -141,24 +141,38 @@ def test_a_beginning_that_was_forgotten_is_read_again():
 def test_continuations_first_keep_what_they_need():
     machine = Machine(pool=100)
     requests = [(Turn(20, 10), Turn(1, 10))] * 12
-    assert simulate(requests, 2, machine).read == simulate(requests, 2, machine, urgent=True).read == 12 * 21
-    assert simulate(requests, 2, machine, urgent=False).read > 1.5 * 12 * 21
+    assert simulate(requests, 2, machine).read == simulate(requests, 2, machine, by_age=True).read == 12 * 21
+    assert simulate(requests, 2, machine, by_age=False).read > 1.5 * 12 * 21
 
 
 def test_the_order_of_coming_wins_where_nothing_is_forgotten():
     """A long chain that comes last begins earlier, and memory for all makes that free."""
     requests = [(Turn(9, 5), Turn(1, 5))] * 6 + [(Turn(9, 20), Turn(1, 20))]
     ample, scarce = Machine(pool=1000), Machine(pool=60)
-    assert simulate(requests, 2, ample).steps == simulate(requests, 2, ample, urgent=False).steps
-    assert simulate(requests, 2, ample).steps < simulate(requests, 2, ample, urgent=True).steps
+    assert simulate(requests, 2, ample).steps == simulate(requests, 2, ample, by_age=False).steps
+    assert simulate(requests, 2, ample).steps < simulate(requests, 2, ample, by_age=True).steps
     assert simulate(requests, 2, ample).read == sum(t.reads for turns in requests for t in turns)
-    assert simulate(requests, 2, scarce).read < simulate(requests, 2, scarce, urgent=False).read
+    assert simulate(requests, 2, scarce).read < simulate(requests, 2, scarce, by_age=False).read
+
+
+def test_memory_is_ample_again_when_others_are_over():
+    """Four strategies could fill it, three cannot: the second turn of the third goes to the end of the queue."""
+    requests = [(Turn(3, 1),), (Turn(3, 6),), (Turn(1, 3), Turn(2, 2), Turn(4, 4)), (Turn(2, 9),)]
+    steps = [simulate(requests, 2, Machine(pool=75), by_age).steps for by_age in (None, False, True)]
+    assert steps == [13, 13, 15]
 
 
 def test_a_row_that_was_put_back_goes_on():
     """Both enter, the memory cannot hold both to their ends, and the later one waits."""
     hall = simulate([(Turn(5, 20),), (Turn(5, 20),)], 2, Machine(pool=34))
     assert hall.preempted == 1 and hall.wrote == 40 and 20 < hall.steps < 40
+
+
+def test_whoever_is_put_back_is_the_youngest():
+    """The second turn of the first strategy fills the memory; what the third has is less to read again."""
+    requests = [(Turn(6, 9), Turn(3, 3)), (Turn(5, 2),), (Turn(1, 8), Turn(4, 11))]
+    hall = simulate(requests, 3, Machine(pool=34), by_age=True)
+    assert (hall.preempted, hall.read) == (1, sum(t.reads for turns in requests for t in turns) + 2)
 
 
 @pytest.mark.parametrize("requests, slots", [([(Turn(1, 1),)], 0), ([(Turn(0, 1),)], 1), ([(Turn(1, 0),)], 1)])
@@ -207,7 +221,7 @@ def test_our_engine_takes_the_replayed_steps(model, waits, wait_ids, maximum, sl
     free = engine.stats.steps
     assert in_rounds(answer, strategies(waits, wait_ids, maximum)) == results
     turns, ours = [turns_of(len(p), r) for p, r in zip(PROMPTS, results)], Machine(by_steps=READ_AT_ONCE)
-    assert free == simulate(turns, slots, ours, urgent=True).steps
+    assert free == simulate(turns, slots, ours, by_age=True).steps
     assert counted == simulate_rounds(turns, slots, ours, keeps=False).steps
 
 

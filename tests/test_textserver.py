@@ -1,5 +1,6 @@
 """A server of texts, `transformers serve`: exact ids out of texts, or a sentence; never a guess."""
 
+import heapq
 import json
 import os
 import shutil
@@ -94,6 +95,13 @@ def test_a_stop_is_named_although_no_text_shows_it(monkeypatch):
         assert pretend.asked <= 1 + len(SPECIAL)
     with pytest.raises(Stop, match="special tokens that are no ends of this request"):
         written(backend, Continuation(start, 9, frozenset(SPECIAL[:1])))
+
+
+def test_the_oldest_strategy_is_served_first():
+    server, ask = TextServer(None, "base", TOKENIZER, 64), Continuation([5], 1, frozenset())
+    for name, since in (3, 3), (4, 4), (5, 3), (6, 2):
+        server.add(name, ask, since, False)
+    assert [heapq.heappop(server.waiting)[1] for _ in range(4)] == [6, 3, 5, 4]
 
 
 def test_what_cannot_be_said_or_drawn_is_refused():

@@ -281,6 +281,11 @@ def test_options_are_arranged_by_the_hash_alone(question, options, rng):
     assert first[0].startswith(question) and f"({first[1]}) {right}" in first[0]
 
 
+def test_the_same_options_stand_in_another_order_under_another_question():
+    letters = {arrange_choices(f"Question {i}?", "3", ["1", "2", "4"])[1] for i in range(40)}
+    assert letters == set("ABCD")
+
+
 def test_options_are_refused_when_they_cannot_be_told_apart():
     for wrong in (["3"], [], list("124567890a")):
         with pytest.raises(S1Error, match="two to ten different"):

@@ -72,6 +72,17 @@ def test_a_judge_grades_over_the_wire_and_is_never_asked_twice(tmp_path):
         assert "## Problem" in body["messages"][1]["content"] and "## Correct answer" in body["messages"][1]["content"]
 
 
+def test_other_instructions_ask_anew(tmp_path, monkeypatch):
+    with Talker(honest) as server:
+        verdicts(4, server, tmp_path / "c.jsonl")
+        asked = sum(server.asked.values())
+        name = open_grader(preset_for(server)).name
+        monkeypatch.setattr("s1book.judge.JUDGE", "You check answers, and say Yes or No.")
+        assert open_grader(preset_for(server)).name != name  # a part of the key of every grade
+        verdicts(4, server, tmp_path / "c.jsonl")
+        assert sum(server.asked.values()) == asked + 4
+
+
 def test_whoever_watches_sees_how_far_the_judge_is_and_what_was_spent(tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr("s1book.judge.live_line", lambda: lines.append)

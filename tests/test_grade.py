@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s1book.choices import LETTERS, choice_letters
 from s1book.columns import fill_column, record_key
 from s1book.config import S1Error
 from s1book.grade import (
-    LETTERS, Grade, Grader, answer_kind, are_correct, arrange_choices, audit, boxed, choice_letters, disagreements,
-    extract_answer, grade, grade_all, grade_traces, number, options_of, reference, rules_grader, same_by_rule,
+    GRADERS, Grade, Grader, answer_kind, are_correct, arrange_choices, audit, boxed, disagreements, extract_answer,
+    grade, grade_all, grade_traces, number, options_of, reference, rules_grader, same_by_rule,
 )
 from s1book.judge import ask_until_read, judge_grader, judge_question, read_verdict
 from s1book.verifier import MathVerifier, end, is_tower, math_verifier, verdicts
@@ -329,8 +330,12 @@ def test_grades_are_kept_until_attempt_reference_or_grader_changes(tmp_path):
     assert len(graded) == 8
 
 
-def test_the_graders_name_changes_with_its_program():
-    assert rules_grader().name == rules_grader(3).name and "@" in rules_grader().name
+@pytest.mark.parametrize("module", ["grade", "choices", "verifier"])
+def test_the_graders_name_changes_with_its_program(monkeypatch, module):
+    name, read = rules_grader().name, Path.read_bytes
+    assert rules_grader(3).name == name and "@" in name and module in GRADERS
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.stem == module))
+    assert rules_grader().name != name
 
 
 @pytest.mark.parametrize("stop", range(5))

@@ -99,6 +99,7 @@ def test_answer_kind(gold, kind):
     ("J. D. asks about vitamin E.\n(A)1\n(B)2", "B", "AB"), ("(A)H, P. L\n(B)F, G, H\n(C)A.", "C", "ABC"),
     ("Which?\n(A)1\n(B)2\n(C)3\n(D)4", "E", ""), ("(A) 1 (B) 2 (C) 3", "CA", ""), ("(B) 2 (A) 1", "B", ""),
     ("The point A or B ?", "A", ""), ("(A) only", "A", ""), ("(A) no (B) yes", "yes", ""), ("(A) 1 (B) 2", "AA", ""),
+    ("Does (DNA) bind (AB)?", "A", ""),
     ("(A) 1 (B) 2", None, ""), (None, "A", ""), ("(A) 1 (B) 2", float("nan"), ""),
 ])
 def test_multiple_choice_lists_its_options(question, gold, options):

@@ -80,12 +80,13 @@ def find_answer(
     """Box, else label, else a single word or delimited line, else (for choices) the last "(B)"."""
     found = boxed(text)
     found = after_label(text) if found is None else found
+    if found is not None:
+        return found
     said = text.split("<|", 1)[0].strip()
-    if found is None and options and not choice_letters(clean(said), options):
-        return last_letters(text, options)
-    if found is None and (len(said.split()) == 1 or delimited and "\n" not in said):
+    short = len(said.split()) == 1 or delimited and "\n" not in said
+    if short and (not options or choice_letters(clean(said), options)):
         return said
-    return found
+    return last_letters(text, options) if options else None
 
 # %% ../nbs/05_grade.ipynb #24145570
 def readable(

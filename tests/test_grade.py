@@ -52,6 +52,7 @@ def test_boxed(text, wanted):
     ("it is (B), for (E) is a point", "ABCD", "B"), ("it is (B), for (E) is a point", "ABCDE", "E"),
     ("the options (A), (C) and (D) are right", "ABCD", "ACD"), ("Answer: A, C", "ABCD", "AC"), ("CA", "ABCD", "AC"),
     (r"\boxed{\text{A, B and D}}", "ABCD", "ABD"), ("Answer: A, E", "ABCD", "A"), ("Answer: AE", "ABCD", None),
+    ("(A) and (C)", "ABCD", "AC"), ("(B) 42", "ABCD", "B"), ("<|im_start|>answer\nA and (C)", "ABCD", "AC"),
     ("Answer: Band", "ABCD", None), ("Answer: J", LETTERS, "J"), ("Answer: (i)", LETTERS, "I"), ("Answer: i", "ABCD", None),
 ])
 def test_extract_answer(text, options, wanted):

@@ -147,7 +147,7 @@ class Server(_Described):
     usd_in: float = Field(ge=0, description="assumed US dollars for a million tokens of prompt")
     usd_out: float = Field(ge=0, description="assumed US dollars for a million tokens of reply")
     priced: str = Field(description="when these prices were looked up")
-    usd_cap: float = Field(default=20.0, ge=0, description="never spend more than this, US dollars")
+    usd_cap: float = Field(default=20.0, ge=0, description="never spend more in a run, US dollars")
     mean_out: int = Field(gt=0, description="expected tokens of a reply, for the forecast only")
     concurrency: int = Field(default=16, gt=0, description="requests at the same time")
     per_minute: float = Field(default=0.0, ge=0, description="requests a minute; 0: no limit")

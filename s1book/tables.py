@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMED_BY', 'TITLES', 'OUR_ROWS', 'NOTES', 'INTRO', 'cells', 'paper_side', 'table_3', 'from_accuracy',
-           'from_contrasts', 'from_lengths', 'our_side', 'Statement', 'at', 'statements', 'statement_table',
-           'table_html', 'figure_html', 'tables_html', 'build_figures']
+           'from_contrasts', 'cut_answers', 'with_tokens', 'from_lengths', 'our_side', 'Statement', 'at', 'statements',
+           'statement_table', 'table_html', 'figure_html', 'tables_html', 'build_figures']
 
 # %% ../nbs/tables.ipynb #05034511
 from collections.abc import Iterable
@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from .config import MissingArtefact, Run, atomic
+from .ablations import cut_length
+from .config import MissingArtefact, Run, atomic, recorded_files
+from .contrasts import accuracies, read_answers
 from .figures import described, drawings, our_curve, paper_points, save
 from .pages import image, page
 from .scaling import curve_points, table3
@@ -80,8 +82,8 @@ OUR_ROWS = {1: {"base": "base model", "natural": "fine-tuned, natural end", "wai
                 "wait=4": "4 x Wait"}}
 NOTES = {5: "These rows stand beside s1. The tiny world has one teacher, so there are no other "
             "traces to train on, and nothing stands beside s1.1.",
-         8: "Chapter 08 counts what a short limit cuts away; no run of ours is trained on cut "
-            "traces, so that row has no accuracy."}
+         8: "Chapter 08 counts what a limit cuts away, chapter 17 trains on it where ablations.cut "
+            "says so. Whose run a row is stands in its last column."}
 
 # %% ../nbs/tables.ipynb #ad80dcf6
 def from_accuracy(
@@ -117,22 +119,44 @@ def from_contrasts(
     wide = wide.rename(columns=lambda name: f"{name}, n = {sizes[name]}")
     return wide.rename_axis(index=NAMED_BY[number][0], columns=None).reset_index()
 
+# %% ../nbs/tables.ipynb #458d00a9
+def cut_answers(
+    run: Run,
+) -> tuple[pd.DataFrame, str]:  # of contrasts.accuracies, empty if nobody trained; and whose
+    """The model of Table 8, trained on cut traces: this run's, or else a recorded seed's."""
+    name = "ablations/answers.parquet"
+    files = {"this run": run.dir / name} | {
+        f"recorded run, seed {seed}": path for seed, path in recorded_files(name, run.name).items()}
+    for whose, path in files.items():
+        answers = read_answers(path) if path.exists() else pd.DataFrame({"arm": []})
+        if (answers.arm == "cut").any():
+            return accuracies(answers[answers.arm == "cut"]), whose
+    return pd.DataFrame(), "not trained"
+
+
+def with_tokens(
+    points: pd.DataFrame,  # benchmark, n, thinking_tokens; accuracy, low, high in per cent
+) -> dict[str, str]:  # benchmark and n -> accuracy, its interval, tokens
+    """A row of Table 8."""
+    return {f"{p.benchmark}, n = {p.n:.0f}": f"{p.accuracy:.1f} [{p.low:.1f}, {p.high:.1f}]; "
+            f"{p.thinking_tokens:,.0f} tokens" for p in points.itertuples()}
+
 
 def from_lengths(
     run: Run,
 ) -> pd.DataFrame:  # text
-    """Table 8: what the paper's share of cut samples would mean here, and the limit that we use."""
+    """Table 8: a limit that cuts as large a share as the paper's, and the limit that we use."""
     tokens = pd.read_parquet(run.read("sft_tokens.parquet"), columns=["input_ids"])
     lengths = tokens.input_ids.map(len)
-    share = paper_table("table8").samples_cut.max()
-    rows = []
-    for limit in (int(lengths.quantile(1 - share / 100)), run.preset.sft.max_length):
-        cut = int((lengths > limit).sum())
-        rows.append({"training length": limit, "samples": len(lengths), "cut": cut,
-                     "keep their end": len(lengths) - cut})
-    natural = from_accuracy(run, {"natural": "natural"}).drop(columns="setting")
-    blank = pd.DataFrame("not trained", index=[0], columns=natural.columns)
-    return pd.concat([pd.DataFrame(rows), pd.concat([blank, natural], ignore_index=True)], axis=1)
+    points = curve_points(pd.read_csv(run.read("accuracy.csv")))
+    short, whose = cut_answers(run)
+    limit = cut_length(lengths, paper_table("table8").samples_cut.max() / 100)
+    whole = with_tokens(points[points.setting == "natural"])
+    rows = [{"training length": most, "samples": len(lengths), "cut": int((lengths > most).sum()),
+             **{name: "not trained" for name in whole}, **texts, "trained by": by}
+            for most, texts, by in ((limit, with_tokens(short), whose),
+                                    (run.preset.sft.max_length, whole, "this run"))]
+    return pd.DataFrame(rows)
 
 # %% ../nbs/tables.ipynb #432430d9
 def our_side(

@@ -374,7 +374,7 @@ def shortest_scores(
     return np.array([shortest_vote(v, drawn_sets(len(v["answers"]), k, draws, rng)) for v in votes])
 
 # %% ../nbs/honest.ipynb #c49823dd
-SPREAD = 8, 0.5  # samples of each question, and their temperature
+SPREAD = 4, 0.5  # samples of each question, and their temperature
 
 
 def sampled_thoughts(

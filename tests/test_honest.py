@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 from s1book.budget import budget_force, make_force
 from s1book.config import Run, S1Error, project_root
 from s1book.engine import ScriptedEngine
-from s1book.evaluate import thought
+from s1book.evaluate import load_benchmarks, thought
 from s1book.format import load_tokenizer, prompt_ids
 from s1book.honest import (
     CLAIMS,
     LOOKS,
     NO_DATA,
+    SPREAD,
     comes_back,
     critics,
+    disagreement,
     effects,
     equal_tokens,
     flow_table,
@@ -38,6 +40,8 @@ from s1book.honest import (
     seed_spread,
     shortest_scores,
     shortest_vote,
+    spread_samples,
+    spread_steps,
     truncation_share,
     verdict,
     vote_scores,
@@ -78,6 +82,19 @@ VOTES = [
      "thinking": [10 + 3 * j for j in range(4)], "generated": 60}
     for i, a in enumerate([["3", "3", "1", "3"], ["1", "3", "3", None], ["1", "1", "2", "3"]] * 4)
 ]
+
+
+def samples_of(settings_):
+    """Samples as chapter 16 draws them: setting -> a list of answers for each question."""
+    return pd.DataFrame([
+        {"id": f"q{i:02}", "sample": str(k), "setting": name, "extracted": a, "correct": a == "3",
+         "thinking_tokens": 20} for name, rows in settings_.items() for i, row in enumerate(rows)
+        for k, a in enumerate(row)])
+
+
+SAMPLES = samples_of({  # pairs that differ: a half at first, then none, then all
+    "natural": [["3", "3", "3", "1"]] * 6, "wait=1": [["3"] * 4] * 6,
+    "wait=2": [["3", "1", "2", None]] * 6})
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +312,7 @@ def test_verdicts(low, width, than, more):
 
 def test_critics_have_n_and_an_interval_or_say_why_not():
     frame, votes = same_questions(curve(ROWS), VOTES, 16)
-    table = critics(curve(ROWS), frame, votes)
+    table = critics(curve(ROWS), frame, votes, SAMPLES)
     tested = table[table.here != "no data"]
     assert set(tested.claim) == set(CLAIMS.values()) and (tested.n > 0).all()
     assert tested.measured.str.fullmatch(r"-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]").all()
@@ -303,7 +320,7 @@ def test_critics_have_n_and_an_interval_or_say_why_not():
     fall = tested[tested.claim == CLAIMS["fall"]].iloc[0]
     assert fall.value == pytest.approx(100 / 12) and fall.here in ("open", "no")
     worse = [r | ({"correct": False} if r["setting"] == "wait=2" else {}) for r in curve(ROWS)]
-    again = critics(worse, frame, votes)
+    again = critics(worse, frame, votes, SAMPLES)
     assert again[again.claim == CLAIMS["fall"]].here.item() == "yes"
 
 
@@ -311,10 +328,58 @@ def test_a_better_vote_is_said_to_be_better():
     frame, votes = same_questions(curve(ROWS), VOTES, 16)
     poor = frame.assign(correct=False)
     sure = [v | {"answers": ["3"] * 4, "right": ["3"]} for v in votes]
-    table = critics(curve(ROWS), poor, sure)
+    table = critics(curve(ROWS), poor, sure, SAMPLES)
     assert set(table[table.claim == CLAIMS["vote"]].here) == {"yes"}
-    good = critics(curve(ROWS), frame.assign(correct=True), [v | {"right": []} for v in votes])
+    good = critics(curve(ROWS), frame.assign(correct=True), [v | {"right": []} for v in votes], SAMPLES)
     assert set(good[good.claim == CLAIMS["vote"]].here) == {"no"}
+
+
+@given(st.lists(st.sampled_from(["1", "2", None]), min_size=2, max_size=7))
+def test_disagreement_is_the_share_of_pairs(found):
+    pairs = list(combinations(found, 2))
+    assert disagreement(found) == pytest.approx(sum(a != b for a, b in pairs) / len(pairs))
+
+
+def test_spread_and_gain_are_paired_and_told_apart():
+    """A Wait that makes everybody right narrows the answers; one that scatters them does not."""
+    table = spread_steps(SAMPLES).set_index("after")
+    assert list(table.index) == ["wait=1", "wait=2"] and (table.n == 6).all() and (table.samples == 4).all()
+    assert table.spread["wait=1"] == pytest.approx(-50) and table.gain["wait=1"] == pytest.approx(25)
+    assert table.spread["wait=2"] == pytest.approx(50) and table.gain["wait=2"] == pytest.approx(-50)
+    mixed = spread_steps(SAMPLES.sample(frac=1, random_state=1)).set_index("after")
+    pd.testing.assert_frame_equal(mixed, table)
+    frame, votes = same_questions(curve(ROWS), VOTES, 16)
+    said = critics(curve(ROWS), frame, votes, SAMPLES).set_index("claim").loc[CLAIMS["spread"]]
+    assert list(said.here) == ["no", "yes"] and said["on"].str.contains("toy, 4 samples").all()
+
+
+def test_questions_differ_and_the_interval_says_so():
+    """Half of the questions scatter, half draw together: the mean is nothing, its interval is wide."""
+    before = [["3", "3", "1", "1"]] * 6
+    both = samples_of({"natural": before, "wait=1": [["3"] * 4, ["1", "2", "3", None]] * 3})
+    [row] = spread_steps(both).itertuples()
+    assert row.spread_low < row.spread < row.spread_high and row.spread_high - row.spread_low > 30
+
+
+def test_samples_are_drawn_apart_and_only_once(tmp_path, monkeypatch):
+    """Every sample has its own seed, whatever stands beside it; what is recorded is not asked again."""
+    import s1book.methods
+
+    monkeypatch.setenv("S1BOOK_RUN", "no-such-run")
+    there = Run.open("tiny")
+    run, rows = Run("tiny", there.preset, tmp_path), load_benchmarks(there)[40:43]
+    table = spread_samples(run, there.read("sft"), rows)
+    assert set(table.setting) == {"natural", "wait=1", "wait=2", "wait=4"} and len(table) == 3 * SPREAD[0] * 4
+    assert set(table.id) == {row["id"] for row in rows}
+    thoughts = table.pivot(index=["id", "sample"], columns="setting", values="thinking_tokens")
+    assert (thoughts["natural"] <= thoughts["wait=1"]).all() and (thoughts["wait=1"] <= thoughts["wait=4"]).all()
+    assert thoughts.groupby("id").nunique().max(axis=None) > 1, "the samples of a question differ"
+    monkeypatch.setattr(s1book.methods, "open_engine", lambda *a: pytest.fail("asked again"))
+    pd.testing.assert_frame_equal(spread_samples(run, there.read("sft"), rows), table)
+    monkeypatch.undo()
+    alone = spread_samples(Run("tiny", there.preset, tmp_path / "alone"), there.read("sft"), rows[1:2])
+    other = table[table.id == rows[1]["id"]].reset_index(drop=True)
+    assert (alone.thinking_tokens == other.thinking_tokens).mean() > 0.9   # ties fall as batches do
 
 
 def test_seeds_lie_apart_as_far_as_they_do():

@@ -57,7 +57,9 @@ def run(tmp_path_factory, records):
     frame, votes = same_questions(records, read_votes(folder / "parallel" / "runs.parquet"), 16)
     points = honest_points(frame, votes)
     points.to_csv(folder / "honest.csv", index=False)
-    critics(records, frame, votes).to_csv(folder / "critics.csv", index=False)
+    samples = pd.DataFrame([{"id": v["id"], "sample": k, "setting": s, "extracted": a, "correct": a in v["right"]}
+                            for v in votes for s in ("natural", "wait=1") for k, a in enumerate(v["answers"])])
+    critics(records, frame, votes, samples).to_csv(folder / "critics.csv", index=False)
     honest_figure(points, "tiny", "tiny_mixed").savefig(folder / "honest.svg")
     return Run("tiny", Run.open("tiny").preset, folder)
 

@@ -633,6 +633,11 @@ def test_the_page_of_tables_shows_ours_beside_table_2(tmp_path):
     table = pd.concat([contrasts(answers, found[name]).assign(family=name) for name in found])
     table.round(6).to_csv(run.write("ablations/table.csv"), index=False)
     shown = our_side(2, run)
-    assert list(shown) == ["set", "hard, n = 40", "mixed, n = 40"] and list(shown.set) == list(ABLATIONS)
-    assert all(re.fullmatch(r"\d+\.\d; difference to selected [+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\]", cell)
-               for cell in shown.iloc[:, 1:].to_numpy().ravel())
+    assert list(shown) == ["set", "hard, n = 40", "mixed, n = 40"] and list(shown.set) == ["selected", *ABLATIONS]
+    own, change = r"\d+\.\d \[\d+\.\d, \d+\.\d\]", r"[+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\]"
+    assert all(re.fullmatch(f"{own}; difference to selected {change}", cell)
+               for cell in shown.iloc[1:, 1:].to_numpy().ravel())
+    table = accuracies(answers).set_index(["benchmark", "arm", "setting"])
+    for place, arm in enumerate(shown.set):
+        row = table.loc[("hard", arm, NATURAL)]
+        assert shown["hard, n = 40"][place].startswith(f"{row.accuracy:.1f} [{row.low:.1f}, {row.high:.1f}]")

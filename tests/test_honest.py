@@ -48,7 +48,7 @@ from s1book.honest import (
 )
 from s1book.parallel import metered
 from s1book.repeats import drawn_sets, vote
-from s1book.stats import accuracy_table, wilson
+from s1book.stats import accuracy_table, holm, wilson
 
 ORDER = ["max=0", "max=8", "natural", "newline=1", "wait=1", "wait=2"]
 answers = st.lists(st.sampled_from(["1", "2", "3", None]), min_size=1, max_size=7)
@@ -113,6 +113,15 @@ def test_effects_are_told_apart_by_hand():
     assert (control.wrong_to_right, control.right_to_wrong) == (0, 0)
     assert (wait.wrong_to_right, wait.right_to_wrong) == (3, 2)
     assert "[" in wait.points and (table.p_holm >= table.p).all()
+
+
+def test_holm_is_made_for_each_benchmark():
+    """Another benchmark in the same file makes no step of this one less certain."""
+    both = effects(curve(ROWS) + curve(ROWS[:6], "other"))
+    for _, part in both.groupby("benchmark"):
+        assert np.allclose(part.p_holm, holm(part.p))
+    mine, alone = both[both.benchmark == "toy"].set_index("step"), effects(curve(ROWS)).set_index("step")
+    assert (mine.p_holm == alone.p_holm).all() and mine.p_holm.min() == pytest.approx(4 * 2 / 2**7)
 
 
 def test_flips_per_wait_by_hand():

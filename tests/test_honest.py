@@ -1,6 +1,7 @@
 """Truncation, Waits and votes taken apart: each number against a slow and obvious twin."""
 
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -34,6 +35,7 @@ from s1book.honest import (
     length_gap,
     oscillation,
     per_wait,
+    ratio,
     read_votes,
     same_questions,
     sample_cost,
@@ -147,6 +149,10 @@ def test_share_of_truncation_by_hand_and_where_nothing_rises():
     assert table.low["wait=1"] < 7 / 8 < table.high["wait=1"]
     flat = truncation_share(curve([["3"] * 6] * 4), resamples=50)
     assert np.isinf(flat.share).all()
+
+
+def test_a_fall_is_no_rise_to_share():
+    assert np.isinf(ratio([1.0, 1.0], [0.0, -2.0])).all() and ratio([1.0], [2.0]) == [0.5]
 
 
 def test_share_of_truncation_is_the_loop(recorded):
@@ -309,6 +315,9 @@ def test_pairing_follows_the_questions_and_not_the_rows():
     frame, votes = same_questions(curve(ROWS), VOTES, 16)
     mixed = frame.sample(frac=1, random_state=3)
     pd.testing.assert_frame_equal(equal_tokens(mixed, votes), equal_tokens(frame, votes))
+    again, turned = same_questions(curve(ROWS), VOTES[::-1], 16)
+    assert turned == votes
+    pd.testing.assert_frame_equal(equal_tokens(again, turned), equal_tokens(frame, votes))
 
 
 @given(st.floats(-5, 5), st.floats(0, 5), st.floats(-5, 5), st.booleans())
@@ -331,6 +340,20 @@ def test_critics_have_n_and_an_interval_or_say_why_not():
     worse = [r | ({"correct": False} if r["setting"] == "wait=2" else {}) for r in curve(ROWS)]
     again = critics(worse, frame, votes, SAMPLES)
     assert again[again.claim == CLAIMS["fall"]].here.item() == "yes"
+
+
+def test_claims_are_about_what_they_say():
+    """Which step, which number of samples, and on which side of the limit the claim lies."""
+    frame, votes = same_questions(curve(ROWS), VOTES, 16)
+    table = critics(curve(ROWS), frame, votes, SAMPLES).set_index("claim")
+    cut = table.loc[[CLAIMS["truncation"]]].iloc[0]
+    assert (cut["on"], cut.limit) == ("toy, to wait=1", "> 50") and cut.value == pytest.approx(700 / 8)
+    assert set(table.loc[[CLAIMS["fall"]]].limit) == set(table.loc[[CLAIMS["short"]]].limit) == {"< 0"}
+    assert table.loc[[CLAIMS["fall"]]]["on"].tolist() == ["toy, wait=1 → wait=2"]
+    assert table.loc[[CLAIMS["coin"]]]["on"].tolist() == ["toy, wait=1 → wait=2"]
+    for said in table.loc[[CLAIMS["vote"]]]["on"]:
+        k, setting = re.fullmatch(r"toy, k=(\d+) against (wait=\d)", said).groups()
+        assert int(k) * sample_cost(votes) >= frame[frame.setting == setting].tokens.mean()
 
 
 def test_a_better_vote_is_said_to_be_better():

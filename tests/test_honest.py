@@ -408,6 +408,9 @@ def test_samples_are_drawn_apart_and_only_once(tmp_path, monkeypatch):
     assert thoughts.groupby("id").nunique().max(axis=None) > 1, "the samples of a question differ"
     monkeypatch.setattr(s1book.methods, "open_engine", lambda *a: pytest.fail("asked again"))
     pd.testing.assert_frame_equal(spread_samples(run, there.read("sft"), rows), table)
+    monkeypatch.setattr("s1book.honest.SPREAD", (SPREAD[0], 0.9))
+    with pytest.raises(pytest.fail.Exception, match="asked again"):   # another temperature is another sample
+        spread_samples(run, there.read("sft"), rows)
     monkeypatch.undo()
     alone = spread_samples(Run("tiny", there.preset, tmp_path / "alone"), there.read("sft"), rows[1:2])
     other = table[table.id == rows[1]["id"]].reset_index(drop=True)

@@ -171,7 +171,7 @@ def with_tokens(
     return {f"{p.benchmark}, n = {p.n:.0f}": f"{p.accuracy:.1f} [{p.low:.1f}, {p.high:.1f}]; "
             f"{p.thinking_tokens:,.0f} tokens" for p in points.itertuples()}
 
-
+# %% ../nbs/tables.ipynb #f79e5c1f
 def from_lengths(
     run: Run,
 ) -> pd.DataFrame:  # text

@@ -530,6 +530,23 @@ def test_collect_keeps_the_ablations_and_refuses_a_run_without(tmp_path, monkeyp
                                   made_answers(2))
 
 
+def test_a_seed_that_lacks_a_cell_leaves_its_row_out():
+    """An older recording has no such arm; what it has is a family of its own."""
+    whole = made_answers()
+    part, pairs = whole[whole.arm != "full"], families(whole)["data"]
+    table = seed_contrasts(pd.concat([whole.assign(run_seed=0), part.assign(run_seed=1)]), pairs)
+    assert set(table[table.run_seed == 0].arm) == set(ABLATIONS)
+    old = table[table.run_seed == 1].drop(columns="run_seed").reset_index(drop=True)
+    pd.testing.assert_frame_equal(old, contrasts(part, [p for p in pairs if p[1][0] != "full"]))
+
+
+def test_figures_are_in_points_and_named():
+    table = contrasts(answers_of({"a": [0, 0, 1, 1], "b": [1, 0, 1, 1]}), [PAIR])
+    row, raw = in_points(table, "arm").iloc[0], table.iloc[0]
+    assert (row["name"], row.difference) == ("b", 25.0)
+    assert (row.low, row.high) == pytest.approx((100 * raw.low, 100 * raw.high))
+
+
 def test_one_way_leads_to_the_recorded_files(tmp_path, monkeypatch):
     """Chapters 12, 15 and 17 read the same seeds, in the order of their numbers, and no stray folder."""
     from s1book.methods import recorded_seeds as of_methods

@@ -190,6 +190,7 @@ def test_the_figure_has_a_row_for_each_name_and_a_marker_for_each_benchmark():
     assert [label.get_text() for label in axis.get_yticklabels()] == ["b", "c"]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["x", "y", "z"]
     assert len({container[0].get_marker() for container in axis.containers}) == 3
+    assert any(list(line.get_xdata()) == [0, 0] for line in axis.lines), "the line of no difference"
 
 
 # Many words out of one decode
@@ -538,6 +539,13 @@ def test_a_seed_that_lacks_a_cell_leaves_its_row_out():
     assert set(table[table.run_seed == 0].arm) == set(ABLATIONS)
     old = table[table.run_seed == 1].drop(columns="run_seed").reset_index(drop=True)
     pd.testing.assert_frame_equal(old, contrasts(part, [p for p in pairs if p[1][0] != "full"]))
+
+
+def test_tables_keep_the_order_of_what_was_compared():
+    frame = pd.concat([answers_of({"a": [1, 0], "z": [1, 1], "b": [0, 0]}, name) for name in ("y", "x")])
+    table = contrasts(frame, [(("a", NATURAL), (arm, NATURAL)) for arm in "zb"])
+    shown = points_table(table, "arm")
+    assert list(shown.index) == ["z", "b"] and list(shown) == ["y, n = 2", "x, n = 2"]
 
 
 def test_figures_are_in_points_and_named():

@@ -470,6 +470,8 @@ def test_families():
     alone = made_answers()
     assert families(alone[alone.arm == "selected"])["data"] == []
     assert "length" not in found
+    longer = alone[alone.setting == "2 x Wait"].assign(setting="2 x So Wait")
+    assert families(pd.concat([alone, longer]))["data"] == found["data"], "another string that ends alike"
     cut = alone[alone.arm == "random"].assign(arm="cut")
     more = families(pd.concat([alone, cut]))
     assert more == found | {"length": [(natural, ("cut", NATURAL))]}, "a family of its own, the others as before"

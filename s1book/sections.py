@@ -269,6 +269,10 @@ class Ablations(Section):
     full_epochs: int = Field(
         default=5, ge=0, description="passes over the whole pool; 0: only as many optimiser steps "
                                      "as the other sets get")
+    cut: float = Field(
+        default=0.0, ge=0, lt=1, description="one more training on the selected set, with a limit "
+                                             "that cuts the end of this share of its samples "
+                                             "(paper Table 8: 0.74); 0: none")
     strings: tuple[str, ...] = Field(
         default=("", "Alternatively", "Hmm", "Wait"), min_length=1,
         description="texts in place of a suppressed end (paper Table 4); empty: nothing is written")

@@ -82,7 +82,8 @@ for step in range(4):
     total = loss.detach() / world
     dist.all_reduce(total)
     if rank == 0:
-        print("loss", total.item())
+        print("loss", total.item(), flush=True)
+dist.destroy_process_group()  # a thread that outlives the interpreter aborts it, now and then
 """
 
 ASKED = """

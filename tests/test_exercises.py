@@ -72,7 +72,7 @@ def binds(source):
     """The names that a source binds at its top level."""
     found = set()
     for node in ast.parse(source).body:
-        found |= {node.name} if isinstance(node, ast.FunctionDef) else set()
+        found |= {node.name} if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) else set()
         found |= {n.id for target in getattr(node, "targets", []) for n in ast.walk(target) if isinstance(n, ast.Name)}
     return found
 
@@ -106,13 +106,15 @@ def tiny():
     return Path("data/reference"), load_tokenizer(Path("data/reference/sft"))
 
 
-def chapter_cells(number, names, *begins):
-    """Names, those that a chapter imports, and those of its cells that begin so."""
-    names = dict(names)
+def chapter_names(number, names, *wanted):
+    """Names, those that a chapter imports, and what its cells first bind to the wanted ones."""
+    names, wanted = dict(names), set(wanted)
     cells = read_notebook(CHAPTERS[number])["cells"]
-    for text in ("".join(c["source"]) for c in cells if c["cell_type"] == "code"):
-        if text.startswith(("import ", "from ", "#| export\nimport", "#| export\nfrom", *begins)):
-            exec(compile(text, f"chapter {number}", "exec"), names)
+    for node in (n for c in cells if c["cell_type"] == "code" for n in ast.parse("".join(c["source"])).body):
+        first = binds(ast.unparse(node)) & wanted
+        if first or isinstance(node, (ast.Import, ast.ImportFrom)):
+            exec(compile(ast.Module([node], []), f"chapter {number}", "exec"), names)
+            wanted -= first
     return names
 
 
@@ -126,9 +128,9 @@ def of_01():
 
     import s1book.tiny
     import s1book.world
-    names = chapter_cells("01", {**vars(s1book.world), **vars(s1book.tiny)})
     base = Qwen2ForCausalLM.from_pretrained("data/tiny/base").eval()
-    return names | dict(rng=random.Random(0), tokenizer=tiny()[1], base=base, copy=copy)
+    given = dict(rng=random.Random(0), tokenizer=tiny()[1], base=base, copy=copy)
+    return chapter_names("01", {**vars(s1book.world), **vars(s1book.tiny), **given}, "in_chat")
 
 
 def of_02():
@@ -149,7 +151,7 @@ def of_03():
 
 def of_04():
     import s1book.traces
-    names = chapter_cells("04", vars(s1book.traces), "def flaky(", "pauses = []", "with_hash = ")
+    names = chapter_names("04", vars(s1book.traces), "with_hash", "row", "flaky", "pauses", "note")
     cut = {"trace": "So 1\nWait", "error": None}
     return names | dict(records=[*read_jsonl(tiny()[0] / "traces.jsonl"), cut, {"trace": None, "error": "503"}])
 
@@ -246,7 +248,9 @@ WRONG = [  # chapter, what a learner might write, and a piece of the sentence th
     ("00", "hours = 313 / 16", "factor of two"),
     ("01", "family_min = FAMILIES['max']", "wanted"),
     ("01", "first_pass = lambda n: (1 - SLIPS[4]) ** n", "predicted"),
+    ("01", "first_pass = lambda n: (1 - SLIPS[4]) ** (n / 4)", "predicted"),
     ("01", "unrepair = lambda model: model", "old vectors"),
+    ("01", "def unrepair(model):\n    model.model.embed_tokens.weight.data.zero_()\n    return model", "keep the other vectors"),
     ("01", "def unrepair(model):\n    model.model.embed_tokens.weight.data[untrained_ids()] = 100.0\n    return model", "as large as"),
     ("02", "times = Source('t', lambda: [{'a': 1}] * 3, ('a',), lambda r: dict.fromkeys(COLUMNS) | {'question': 'What?', 'source_type': 't'})",
      "all different"),
@@ -318,6 +322,16 @@ def test_mistakes_are_refused_by_a_sentence(number, source, sentence):
     with pytest.raises(AssertionError, match=re.escape(sentence)) as refusal:
         answer(number, names, source)
     assert len(str(refusal.value).split()) >= 4
+
+
+def test_chapter_05_shows_a_text_that_the_planted_bug_reads_otherwise():
+    from s1book.grade import boxed
+    prose = "\n".join(text for kind, text in section("05") if kind == "markdown")
+    [block] = [textwrap.dedent(found) for found in PYTHON.findall(prose) if "boxed_by_last_brace" in found]
+    names, [(text, wrong)] = {}, re.findall(r"<code>(\\boxed\{7\}.*?)</code> gives\s<code>(.*?)</code>", prose)
+    exec(block, names)
+    assert names["boxed_by_last_brace"](text) == wrong != boxed(text) == "7"
+    assert all(names["boxed_by_last_brace"](t) == boxed(t) for t in (r"So it is \boxed{\frac{1}{2}}.", "no box"))
 
 
 def test_every_check_has_a_planted_mistake():

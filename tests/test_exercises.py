@@ -195,9 +195,12 @@ def of_10():
 
 
 def forcing_names():
-    from s1book.budget import budget_force, make_force, seeded
+    from s1book.budget import Trace, answered, ask_answer, budget_force, make_force, seeded
     from s1book.engine import Sampling
+    from s1book.format import prompt_ids
     names = of_10()
+    rows = read_jsonl(tiny()[0] / "benchmarks/tiny_mixed.jsonl")[:6]
+    names |= dict(Trace=Trace, answered=answered, ask_answer=ask_answer, prompts=[prompt_ids(tiny()[1], r["question"]) for r in rows])
     force = make_force(tiny()[1], load_preset("tiny").budget)
     return names | dict(tokenizer=tiny()[1], force=force, warm=replace(force, sampling=Sampling(1.0)),
                         budget_force=budget_force, replace=replace, seeded=seeded, np=np)
@@ -222,8 +225,8 @@ def of_14():
 
 
 def of_15():
-    from s1book.stats import mcnemar
-    return dict(mcnemar=mcnemar, np=np)
+    from s1book.stats import mcnemar, paired_bootstrap
+    return dict(mcnemar=mcnemar, paired_bootstrap=paired_bootstrap, np=np)
 
 
 def of_16():
@@ -277,6 +280,11 @@ WRONG = [  # chapter, what a learner might write, and a piece of the sentence th
     ("11", "control = replace(force, ignore_end=1)", "line break"),
     ("11", "control = replace(force, wait_ids=force.newline)", "wanted 1"),
     ("11", "control = replace(force, ignore_end=2, wait_ids=force.newline)", "wanted 1"),
+    ("11", "early = budget_force", "was saved"),
+    ("11", "def early(prompt, force):\n    [r] = yield [Continuation(prompt, 384, force.stop_ids | force.line_ends)]\n"
+     "    [s] = yield [Continuation(prompt + r.new_ids, 384, force.stop_ids | force.line_ends)]\n"
+     "    trace = Trace((tuple(r.new_ids + s.new_ids),), False)\n"
+     "    [a] = yield [ask_answer(prompt, force, trace)]\n    return answered(force, trace, a)", "line break lost"),
     ("12", "headers = lambda steps: 3 * steps", "header tokens"),
     ("12", "headers = lambda steps: 11", "one step has 2"),
     ("12", "count_up = count_steps", "wanted"),
@@ -293,9 +301,11 @@ WRONG = [  # chapter, what a learner might write, and a piece of the sentence th
     ("15", "repaired_needed = 7", "still"),
     ("15", "repaired_needed = 9", "already"),
     ("15", "pass_at = lambda samples_QK, k: samples_QK[:, :k].any(axis=1).mean()", "5/12"),
+    ("15", "pair = (1, 5)", "the paper has"),
     ("16", "choices_of_five = 21", "rounds to 15"),
     ("18", "longest = 50_000", "GB of 80"),
     ("18", "longest = 1_000", "larger multiple"),
+    ("18", "attention = lambda lengths, layers, hidden: 12 * layers * hidden * sum(lengths) ** 2 / 2", "wanted 12"),
     ("20", "client_tokens = lambda prompt, parts: prompt + sum(parts)", "wanted"),
     ("20", "steady = lambda deltas: {'r': ''.join(t for k, t in deltas if k == 'r'), 'c': ''.join(t for k, t in deltas if k == 'c')}",
      "refused"),

@@ -258,6 +258,7 @@ WRONG = [  # chapter, what a learner might write, and a piece of the sentence th
     ("02", "times = Source('t', lambda: [{'a': 1}] * 3, ('a',), lambda r: dict.fromkeys(COLUMNS) | {'question': 'What?', 'source_type': 't'})",
      "all different"),
     ("02", "by_accident = lambda bits: 59_029 / 2**bits", "count the pairs"),
+    ("02", "by_accident = lambda bits: 1 - (1 - 2**-bits) ** (59_029 * 59_028 / 2)", "count the pairs"),
     ("03", "flagged_with = lambda n: 0", "this chapter found"),
     ("03", "flagged_with = lambda n: len(decontaminate(pool[:3000], benchmark_rows, 's1', 8)) + (n > 8)", "shared run"),
     ("04", "pauses_of = lambda tries, wait: [wait * 2**i for i in range(tries - 1)]", "wanted"),

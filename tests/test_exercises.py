@@ -269,13 +269,16 @@ WRONG = [  # chapter, what a learner might write, and a piece of the sentence th
     ("07", "swapped = apply_rules(rows, funnel_rules(chosen_by.quality))", "changed places"),
     ("08", "share_learnt = lambda s: sum(i > 0 for i in s.labels) / len(s.labels)", "wanted 0.75"),
     ("08", "mask_thinking = lambda r: tokenize_row(tokenizer, r).labels", "Answer: "),
+    ("08", "def mask_thinking(r):\n    end = tokenizer.convert_tokens_to_ids('<|im_end|>')\n"
+     "    wanted = tokenizer(answer_text(r['attempt']))['input_ids'] + [end]\n"
+     "    return wanted + [IGNORE] * (len(sample.input_ids) - len(wanted))", "another token"),
     ("08", "mask_thinking = lambda r: [i for i in tokenize_row(tokenizer, r).labels if i != IGNORE][-3:]", "tokens"),
     ("08", "wrong_mask = lambda s: s.labels", "last marker"),
     ("09", "passes = lambda batch, micro, devices: batch // (micro * devices)", "wanted None"),
     ("09", "mean_of_means = mean_of_tokens = lambda p: sum(map(sum, p)) / sum(map(len, p))", "each pass"),
     ("09", "mean_of_means = mean_of_tokens = lambda p: sum(sum(x) / len(x) for x in p) / len(p)", "each token"),
-    ("10", "def vote(prompt, k):\n    [r] = yield [Continuation(prompt, 1, stops, Sampling(1.0))]\n    return r.new_ids[0]", "together"),
-    ("10", "def vote(prompt, k):\n    yield [Continuation(prompt, 1, stops, Sampling(0.0, seed=i)) for i in range(k)]", "together"),
+    ("10", "def vote(prompt, k):\n    [r] = yield [Continuation(prompt, 1, stops, Sampling(1.0))]\n    return r.new_ids[0]", "at once"),
+    ("10", "def vote(prompt, k):\n    yield [Continuation(prompt, 1, stops, Sampling(0.0, seed=i)) for i in range(k)]", "at once"),
     ("10", "def vote(prompt, k):\n    all = yield [Continuation(prompt, 1, stops, Sampling(1.0, seed=i)) for i in range(k)]\n"
      "    return all[0].new_ids", "end mark"),
     ("11", "control = replace(force, ignore_end=1)", "line break"),
@@ -292,7 +295,7 @@ WRONG = [  # chapter, what a learner might write, and a piece of the sentence th
     ("12", "def count_up(trace, wording):\n    steps = trace.split('\\nWait\\n')\n    return len(steps), ''", "wanted"),
     ("13", "by_length = lambda thinking: thinking", "weigh"),
     ("13", "by_length = lambda thinking: [-t for t in thinking]", "weigh"),
-    ("13", "forced_samples = lambda prompt, force, n: [budget_force(prompt, replace(force, ignore_end=1))] * 1", "8 results"),
+    ("13", "forced_samples = lambda prompt, force, n: [budget_force(prompt, replace(force, ignore_end=1))] * 1", "wanted 8"),
     ("13", "forced_samples = lambda prompt, force, n: [budget_force(prompt, replace(force, ignore_end=1)) for _ in range(n)]", "seed"),
     ("13", "forced_samples = lambda prompt, force, n: [budget_force(prompt, force) for _ in range(n)]", "one Wait"),
     ("14", "by = frame.pivot_table(index='domain', columns='setting', values='correct')\ngain = (by[first] - by['natural']).sort_values()",

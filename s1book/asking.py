@@ -7,6 +7,7 @@ __all__ = ['ask_server']
 
 # %% ../nbs/asking.ipynb #57e3f66c
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 from .client import Client, Purse, Reply, checked, once, usage
@@ -23,6 +24,7 @@ def ask_server(
     options: Mapping = {},  # more fields of the body: temperature, max_tokens, ...
     again: bool = False,  # ask jobs anew that failed before
     show: Callable[[str], None] = lambda text: None,  # shows the progress line
+    bill: Path | None = None,  # several stores may pay from one purse, named like a store
 ) -> dict[str, dict]:  # id -> id, by, text, thinking, tokens_in, tokens_out, usd, error
     "Ask a server anything, with the same care; a record lasts as long as its messages and terms."
     by = {item: f"{model}@{fingerprint(messages, terms(server), dict(options))}"
@@ -38,8 +40,8 @@ def ask_server(
         facts = {"thinking": reply.thinking, "error": error} | usage(reply)
         return {"id": item, "by": by[item], "text": None if error else reply.text} | facts
 
-    with alone(path):
-        client = Client(server, model, Purse(path, server.usd_cap))
+    with alone(path), alone(bill) if bill else nullcontext():
+        client = Client(server, model, Purse(bill or path, server.usd_cap))
         teacher = served(client, ask)
         done = settle(path, by, again, ("id", "by"))
         fill(path, [item for item in jobs if item not in done], work, teacher, show)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAKERS', 'Sft', 'Preset', 'preset_names', 'preset_file', 'load_preset', 'MissingArtefact', 'RunFolder', 'Artefacts',
-           'Run', 'item_seed', 'parameters', 'kv_bytes', 'S1Error', 'PresetError', 'append_jsonl', 'atomic',
-           'disk_errors', 'file_hash', 'files_hash', 'project_root', 'read_jsonl', 'show_path', 'PALETTE', 'STYLE',
-           'use_style', 'Section', 'Pool', 'Shape', 'Model', 'Teacher', 'Decontaminate', 'Select', 'Engine', 'Budget',
-           'Evaluate', 'Launch', 'S1_SOURCES', 'SERVERS', 'Server', 'Grade', 'Features', 'Judge', 'Ablations']
+           'Run', 'item_seed', 'parameters', 'training_flops', 'kv_bytes', 'S1Error', 'PresetError', 'append_jsonl',
+           'atomic', 'disk_errors', 'file_hash', 'files_hash', 'project_root', 'read_jsonl', 'recorded_files',
+           'show_path', 'PALETTE', 'STYLE', 'use_style', 'Section', 'Pool', 'Shape', 'Model', 'Teacher',
+           'Decontaminate', 'Select', 'Engine', 'Budget', 'Evaluate', 'Launch', 'S1_SOURCES', 'SERVERS', 'Server',
+           'Grade', 'Features', 'Judge', 'Ablations']
 
 # %% ../nbs/00_presets.ipynb #24ecaed3
 import difflib
@@ -24,7 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from s1book.files import (
     S1Error, append_jsonl, atomic, damage, disk_errors, file_hash, files_hash, project_root,
-    read_jsonl, show_path,
+    read_jsonl, recorded_files, show_path,
 )
 from s1book.sections import (
     S1_SOURCES, SERVERS, Ablations, Budget, Decontaminate, Engine, Evaluate, Features, Grade, Judge,
@@ -36,9 +37,9 @@ from .style import PALETTE, STYLE, use_style
 # %% ../nbs/00_presets.ipynb #0a11a11a
 _all_ = [  # handed on from below: every other module imports these from here
     "S1Error", "PresetError", "append_jsonl", "atomic", "disk_errors", "file_hash", "files_hash",
-    "project_root", "read_jsonl", "show_path", "PALETTE", "STYLE", "use_style", "Section", "Pool",
-    "Shape", "Model", "Teacher", "Decontaminate", "Select", "Engine", "Budget", "Evaluate",
-    "Launch", "S1_SOURCES", "SERVERS", "Server", "Grade", "Features", "Judge",
+    "project_root", "read_jsonl", "recorded_files", "show_path", "PALETTE", "STYLE", "use_style",
+    "Section", "Pool", "Shape", "Model", "Teacher", "Decontaminate", "Select", "Engine", "Budget",
+    "Evaluate", "Launch", "S1_SOURCES", "SERVERS", "Server", "Grade", "Features", "Judge",
     "Ablations"]
 
 # %% ../nbs/00_presets.ipynb #21ac31e6
@@ -228,6 +229,7 @@ MAKERS = {  # artefact -> the chapter that writes it
     "sft_tokens.parquet": "08", "sft": "09", "sft_log.csv": "09", "example_traces.jsonl": "11",
     "controls": "12", "parallel": "13",
     "honest.csv": "16", "honest.png": "16", "honest.svg": "16", "critics.csv": "16",
+    "spread.jsonl": "16",
     "records.jsonl": "14", "run_card.json": "14", "accuracy.csv": "15", "scaling.csv": "16",
     "curve.png": "16", "curve.svg": "16", "ablations": "17",
 }
@@ -352,6 +354,16 @@ def parameters(
     attention = 2 * shape.hidden * (shape.hidden + kv)
     block = attention + 3 * shape.hidden * shape.intermediate
     return shape.layers * block + (1 if tied else 2) * shape.vocabulary * shape.hidden
+
+
+def training_flops(
+    shape: Shape,  # sizes of the model
+    tokens: float,  # of all samples together
+    epochs: int = 1,  # passes over them
+    recompute: bool = False,  # gradient checkpointing: the forward pass is done twice
+) -> float:
+    "6 FLOPs for each weight and trained token, 2 forward and 4 backward; 8 with recomputation."
+    return (8.0 if recompute else 6.0) * parameters(shape) * tokens * epochs
 
 # %% ../nbs/00_presets.ipynb #5b78dc63
 def kv_bytes(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .config import S1Error, atomic, project_root, show_path
+from .config import S1Error, atomic, recorded_files, show_path
 from .stats import holm, mcnemar, paired_bootstrap, wilson
 
 # %% ../nbs/contrasts.ipynb #e2bdc9fb
@@ -147,15 +147,12 @@ def recorded_answers(
     reference: Path | None = None,  # data/reference if not given
 ) -> pd.DataFrame:  # answers with run_seed; empty when none is recorded
     """The answers of the recorded seeds; a damaged file is refused, a missing one is no error."""
-    folder = reference or project_root() / "data" / "reference"
-    folder = (folder if preset == "tiny" else folder / preset) / "seeds"
-    files = sorted(folder.glob("[0-9]*/ablations/answers.parquet"),
-                   key=lambda path: int(path.parts[-3]))
+    files = recorded_files("ablations/answers.parquet", preset, reference)
     if not files:
         print(f"No seeds are recorded for the ablations of {preset}; `make reference` records "
               "them.")
         return pd.DataFrame(columns=[*ANSWER, "run_seed"])
-    return pd.concat([read_answers(path).assign(run_seed=int(path.parts[-3])) for path in files],
+    return pd.concat([read_answers(path).assign(run_seed=seed) for seed, path in files.items()],
                      ignore_index=True)
 
 

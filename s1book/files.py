@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['S1Error', 'project_root', 'show_path', 'disk_errors', 'atomic', 'read_jsonl', 'append_jsonl', 'damage', 'file_hash',
-           'files_hash']
+           'files_hash', 'recorded_files']
 
 # %% ../nbs/files.ipynb #d307ba6b
 import errno
@@ -196,3 +196,16 @@ def files_hash(
     for path in paths:
         total.update(bytes.fromhex(file_hash(path)))
     return total.hexdigest()
+
+# %% ../nbs/files.ipynb #fa95c9c3
+def recorded_files(
+    name: str,  # artefact, e.g. "accuracy.csv"
+    preset: str = "tiny",  # whose recorded runs
+    reference: Path | None = None,  # data/reference if not given
+) -> dict[int, Path]:  # seed -> its file, seeds rising; empty when none is recorded
+    "Where an artefact of the recorded seeds lies; a seed that was recorded without it is left out."
+    folder = reference or project_root() / "data" / "reference"
+    folder = (folder if preset == "tiny" else folder / preset) / "seeds"
+    seeds = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    files = {seed: folder / str(seed) / name for seed in seeds}
+    return {seed: file for seed, file in files.items() if file.exists()}

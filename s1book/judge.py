@@ -13,7 +13,7 @@ from typing import Any
 
 from .columns import record_key
 from .config import Preset
-from .grade import Grader, answer_kind, extract_answer, readable, rules_grader
+from .grade import Grader, extract_answer, options_of, readable, rules_grader
 from .asking import ask_server
 from .store import live_line
 
@@ -87,7 +87,7 @@ def judge_grader(
     def fill(path: Path, attempts: dict[str, tuple[dict, str]]) -> dict[str, dict]:
         questions = {key: judge_question(*attempt) for key, attempt in attempts.items()}
         found = ask_until_read(path, questions, JUDGE, ask, read_verdict, readings)
-        return {key: {"extracted": extract_answer(text, answer_kind(row)),
+        return {key: {"extracted": extract_answer(text, options_of(row)),
                       "correct": found[key]["value"], "error": found[key]["error"]}
                 for key, (row, text) in attempts.items()}
 
@@ -97,12 +97,13 @@ def judge_grader(
 def ask_judge(
     preset: Preset,  # its judge section
 ) -> Ask:
-    """The preset's language model; a call that failed in an earlier run is made again."""
+    """The preset's language model, with one bill for a folder; failed calls are made again."""
     judge = preset.judge
 
     def ask(jobs: dict[str, list[dict]], path: Path) -> dict[str, dict]:
         options = {"temperature": judge.temperature}
-        return ask_server(jobs, judge.server, judge.model, path, options, True, live_line())
+        return ask_server(jobs, judge.server, judge.model, path, options, True, live_line(),
+                          path.with_name("judge.jsonl"))
 
     return ask
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from .budget import Force, make_force
 from s1book.config import (
-    Preset, Run, append_jsonl, files_hash, project_root, read_jsonl,
+    Preset, Run, append_jsonl, files_hash, read_jsonl, recorded_files,
 )
 from .engine import Strategy, open_engine
 
@@ -101,9 +101,7 @@ def recorded_seeds(
     name: str,  # artefact
 ) -> dict[str, Path]:  # "seed 0" -> its file
     "What other runs have recorded of an artefact, seed by seed."
-    folders = sorted((project_root() / "data" / "reference" / "seeds").glob("*"))
-    found = {f"seed {folder.name}": folder / name for folder in folders}
-    return {seed: file for seed, file in found.items() if run.name == "tiny" and file.exists()}
+    return {f"seed {seed}": file for seed, file in recorded_files(name, run.name).items()}
 
 
 # %% ../nbs/methods.ipynb #d562770c

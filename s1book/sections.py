@@ -147,7 +147,7 @@ class Server(_Described):
     usd_in: float = Field(ge=0, description="assumed US dollars for a million tokens of prompt")
     usd_out: float = Field(ge=0, description="assumed US dollars for a million tokens of reply")
     priced: str = Field(description="when these prices were looked up")
-    usd_cap: float = Field(default=20.0, ge=0, description="never spend more than this, US dollars")
+    usd_cap: float = Field(default=20.0, ge=0, description="never spend more in a run, US dollars")
     mean_out: int = Field(gt=0, description="expected tokens of a reply, for the forecast only")
     concurrency: int = Field(default=16, gt=0, description="requests at the same time")
     per_minute: float = Field(default=0.0, ge=0, description="requests a minute; 0: no limit")
@@ -269,6 +269,10 @@ class Ablations(Section):
     full_epochs: int = Field(
         default=5, ge=0, description="passes over the whole pool; 0: only as many optimiser steps "
                                      "as the other sets get")
+    cut: float = Field(
+        default=0.0, ge=0, lt=1, description="one more training on the selected set, with a limit "
+                                             "that cuts the end of this share of its samples "
+                                             "(paper Table 8: 0.74); 0: none")
     strings: tuple[str, ...] = Field(
         default=("", "Alternatively", "Hmm", "Wait"), min_length=1,
         description="texts in place of a suppressed end (paper Table 4); empty: nothing is written")

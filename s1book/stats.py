@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binom, norm
 
-from .config import S1Error, project_root
+from .config import S1Error, project_root, recorded_files
 
 # %% ../nbs/15_statistics.ipynb #7bee5aee
 @dataclass(frozen=True)
@@ -267,14 +267,12 @@ def recorded(
     preset: str = "tiny",  # whose recorded runs
 ) -> pd.DataFrame:  # all seeds, told apart by the column run_seed; empty when none is recorded
     """The recorded runs of several seeds in data/reference; a sentence when there are none."""
-    folder = project_root() / "data" / "reference"
-    folder = (folder if preset == "tiny" else folder / preset) / "seeds"
-    files = sorted(folder.glob(f"[0-9]*/{name}"), key=lambda path: int(path.parent.name))
+    files = recorded_files(name, preset)
     if not files:
         print(f"No other seeds are recorded for {preset} ({name}); `make reference` records them.")
         return pd.DataFrame()
     read = pd.read_csv if name.endswith(".csv") else partial(pd.read_json, lines=True, dtype=False)
-    frames = [read(path).assign(run_seed=int(path.parent.name)) for path in files]
+    frames = [read(path).assign(run_seed=seed) for seed, path in files.items()]
     return pd.concat(frames, ignore_index=True)
 
 # %% ../nbs/15_statistics.ipynb #e5a0b004

@@ -15,11 +15,11 @@ from statsmodels.stats.multitest import multipletests
 import s1book.methods
 import s1book.sft
 from s1book.ablations import (
-    Arm, as_many_steps, clean_pool, distinct_strings, families, make_arm, measure_arm, other_sets, save_arm,
-    string_forces, string_name, thought_on, together, train_arm, training_flops,
+    Arm, arm_sizes, as_many_steps, clean_pool, cut_arm, cut_length, distinct_strings, families, make_arm, measure_arm, other_sets, save_arm,
+    string_forces, string_name, thought_on, together, train_arm,
 )
 from s1book.budget import budget_force, make_force
-from s1book.config import PresetError, Run, S1Error, load_preset, project_root
+from s1book.config import PresetError, Run, S1Error, load_preset, project_root, recorded_files, training_flops
 from s1book.contrasts import (
     ANSWER, FAMILY, accuracies, check_answers, contrast_figure, contrasts, in_points, paired, points_table,
     read_answers, recorded_answers, save_answers, seed_contrasts,
@@ -29,7 +29,7 @@ from s1book.pretraining import Size, make_model, make_tokenizer
 from s1book.runner import KEPT_ONCE, KEPT_PER_SEED, all_needs, collect, find_chapters
 from s1book.select import ABLATIONS
 from s1book.sft import total_steps
-from s1book.stats import mcnemar, paired_bootstrap
+from s1book.stats import holm, mcnemar, paired_bootstrap, recorded
 from s1book.world import spell, to_row
 
 from test_budget import FORCE, PROMPT, dice
@@ -122,6 +122,15 @@ def test_holm_counts_every_contrast_of_the_family(rights):
     assert np.allclose(table.p_holm, multipletests(table.p, method="holm")[1])
 
 
+def test_holm_counts_the_benchmarks_too():
+    """Ten flips in one benchmark, none in five others: one family of six, not six of one."""
+    base, better = [0] * 12 + [1] * 12, [1] * 10 + [0] * 2 + [1] * 12
+    frame = pd.concat([answers_of({"a": base, "b": better if name == "x" else base}, name) for name in "xuvwyz"])
+    table = contrasts(frame, [PAIR]).set_index("benchmark")
+    assert len(table) == 6 and table.p["x"] == pytest.approx(2 / 1024)
+    assert table.p_holm["x"] == pytest.approx(6 * table.p["x"]) and (table.p_holm.drop("x") == 1).all()
+
+
 def test_holm_is_really_applied():
     """Ten flips, all for the better, are convincing alone; in a family of thirty-nine they are not."""
     base, better = [0] * 12 + [1] * 12, [1] * 10 + [0] * 2 + [1] * 12
@@ -181,6 +190,7 @@ def test_the_figure_has_a_row_for_each_name_and_a_marker_for_each_benchmark():
     assert [label.get_text() for label in axis.get_yticklabels()] == ["b", "c"]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["x", "y", "z"]
     assert len({container[0].get_marker() for container in axis.containers}) == 3
+    assert any(list(line.get_xdata()) == [0, 0] for line in axis.lines), "the line of no difference"
 
 
 # Many words out of one decode
@@ -308,6 +318,38 @@ def test_a_published_thousand_leaves_nothing_to_choose(capsys):
     assert other_sets(load_preset("h100", sources)) == other_sets(load_preset("tiny")) == ABLATIONS
 
 
+def test_flops_by_hand():
+    """Two forward and four backward for each weight and token; recomputation adds two."""
+    shape = load_preset("tiny").model.shape
+    assert training_flops(shape, 7, 3) == 6 * 21 * s1book.config.parameters(shape)
+    assert training_flops(shape, 7, 3, recompute=True) == 8 * 21 * s1book.config.parameters(shape)
+
+
+def test_a_limit_cuts_as_many_as_asked_and_their_answers(run):
+    """Table 8: the end goes, the question and the number of samples stay, and so do all other settings."""
+    assert [cut_length(range(1, 101), share) for share in (0.74, 0.5)] == [26, 50]
+    lengths = [10, 10, 20, 30]
+    assert sum(n > cut_length(lengths, 0.5) for n in lengths) == 2
+    rows = rows_of(16)
+    whole, arm = Arm("whole", rows, small()), cut_arm(rows, 30, small("ablations.cut=0.5"))
+    assert save_arm(run, arm) == 30 * 16 < save_arm(run, whole)
+    cut, kept = (pd.read_parquet(run.dir / f"ablations/{name}.parquet") for name in ("cut", "whole"))
+    assert all(list(a) == list(b[:30]) for a, b in zip(cut.input_ids, kept.input_ids))
+    assert arm.steps == whole.steps and arm.rows == rows and arm.name == "cut"
+    same = arm.preset.sft.model_dump() | {"max_length": 512, "truncate": "drop", "packing": False}
+    assert same == whole.preset.sft.model_dump()
+
+
+@pytest.mark.parametrize("changes", [[], ["ablations.cut=0.5"], ["ablations.sets=[full, random]"],
+                                     ["ablations.full_epochs=3"], ["pool.size=16"], ["pool.size=17"]])
+def test_sizes_are_those_of_the_arms(changes):
+    preset = small("pool.size=60", *changes)
+    pool = rows_of(preset.pool.size)
+    arms = [make_arm(pool, kind, preset) for kind in other_sets(preset)]
+    arms += [cut_arm(pool[:16], 30, preset)] if preset.ablations.cut else []
+    assert arm_sizes(preset) == {arm.name: (len(arm.rows), arm.preset.sft.epochs) for arm in arms}
+
+
 def test_the_pool_has_passed_the_rules_of_quality():
     pool = clean_pool(Run("tiny", load_preset("tiny"), Path("nowhere")))
     assert len(pool) > 1000 and not any("[Image]" in row["question"] or row["error"] for row in pool)
@@ -427,6 +469,14 @@ def test_families():
         (("selected", "2 x Wait"), ("longest", NATURAL))]
     alone = made_answers()
     assert families(alone[alone.arm == "selected"])["data"] == []
+    assert "length" not in found
+    longer = alone[alone.setting == "2 x Wait"].assign(setting="2 x So Wait")
+    assert families(pd.concat([alone, longer]))["data"] == found["data"], "another string that ends alike"
+    cut = alone[alone.arm == "random"].assign(arm="cut")
+    more = families(pd.concat([alone, cut]))
+    assert more == found | {"length": [(natural, ("cut", NATURAL))]}, "a family of its own, the others as before"
+    table = contrasts(pd.concat([alone, cut]), more["length"])
+    assert len(table) == 2 and np.allclose(table.p_holm, holm(table.p))
 
 
 def test_recorded_seeds_are_read_and_told_apart(tmp_path, capsys):
@@ -481,6 +531,48 @@ def test_collect_keeps_the_ablations_and_refuses_a_run_without(tmp_path, monkeyp
     assert list(found.run_seed.unique()) == [0, 1]
     pd.testing.assert_frame_equal(found[found.run_seed == 1].drop(columns="run_seed").reset_index(drop=True),
                                   made_answers(2))
+
+
+def test_a_seed_that_lacks_a_cell_leaves_its_row_out():
+    """An older recording has no such arm; what it has is a family of its own."""
+    whole = made_answers()
+    part, pairs = whole[whole.arm != "full"], families(whole)["data"]
+    table = seed_contrasts(pd.concat([whole.assign(run_seed=0), part.assign(run_seed=1)]), pairs)
+    assert set(table[table.run_seed == 0].arm) == set(ABLATIONS)
+    old = table[table.run_seed == 1].drop(columns="run_seed").reset_index(drop=True)
+    pd.testing.assert_frame_equal(old, contrasts(part, [p for p in pairs if p[1][0] != "full"]))
+
+
+def test_tables_keep_the_order_of_what_was_compared():
+    frame = pd.concat([answers_of({"a": [1, 0], "z": [1, 1], "b": [0, 0]}, name) for name in ("y", "x")])
+    table = contrasts(frame, [(("a", NATURAL), (arm, NATURAL)) for arm in "zb"])
+    shown = points_table(table, "arm")
+    assert list(shown.index) == ["z", "b"] and list(shown) == ["y, n = 2", "x, n = 2"]
+
+
+def test_figures_are_in_points_and_named():
+    table = contrasts(answers_of({"a": [0, 0, 1, 1], "b": [1, 0, 1, 1]}), [PAIR])
+    row, raw = in_points(table, "arm").iloc[0], table.iloc[0]
+    assert (row["name"], row.difference) == ("b", 25.0)
+    assert (row.low, row.high) == pytest.approx((100 * raw.low, 100 * raw.high))
+
+
+def test_one_way_leads_to_the_recorded_files(tmp_path, monkeypatch):
+    """Chapters 12, 15 and 17 read the same seeds, in the order of their numbers, and no stray folder."""
+    from s1book.methods import recorded_seeds as of_methods
+
+    monkeypatch.setenv("S1BOOK_ROOT", str(tmp_path))
+    for seed in ("0", "2", "10", "old"):
+        folder = tmp_path / "data" / "reference" / "seeds" / seed / "ablations"
+        folder.mkdir(parents=True)
+        save_answers(made_answers(), folder / "answers.parquet")
+        (folder.parent / "accuracy.csv").write_text("benchmark,accuracy\nb,0.5\n")
+    (tmp_path / "data/reference/seeds/2/accuracy.csv").unlink()
+    assert list(recorded_files("ablations/answers.parquet")) == [0, 2, 10]
+    assert list(of_methods(Run("tiny", load_preset("tiny"), tmp_path), "accuracy.csv")) == ["seed 0", "seed 10"]
+    assert list(recorded("accuracy.csv").run_seed) == [0, 10]
+    assert list(recorded_answers().run_seed.unique()) == [0, 2, 10]
+    assert recorded_files("accuracy.csv", "h100") == {} and recorded("accuracy.csv", "h100").empty
 
 
 def recorded_seeds():
@@ -568,6 +660,11 @@ def test_the_page_of_tables_shows_ours_beside_table_2(tmp_path):
     table = pd.concat([contrasts(answers, found[name]).assign(family=name) for name in found])
     table.round(6).to_csv(run.write("ablations/table.csv"), index=False)
     shown = our_side(2, run)
-    assert list(shown) == ["set", "hard, n = 40", "mixed, n = 40"] and list(shown.set) == list(ABLATIONS)
-    assert all(re.fullmatch(r"\d+\.\d; difference to selected [+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\]", cell)
-               for cell in shown.iloc[:, 1:].to_numpy().ravel())
+    assert list(shown) == ["set", "hard, n = 40", "mixed, n = 40"] and list(shown.set) == ["selected", *ABLATIONS]
+    own, change = r"\d+\.\d \[\d+\.\d, \d+\.\d\]", r"[+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\]"
+    assert all(re.fullmatch(f"{own}; difference to selected {change}", cell)
+               for cell in shown.iloc[1:, 1:].to_numpy().ravel())
+    table = accuracies(answers).set_index(["benchmark", "arm", "setting"])
+    for place, arm in enumerate(shown.set):
+        row = table.loc[("hard", arm, NATURAL)]
+        assert shown["hard, n = 40"][place].startswith(f"{row.accuracy:.1f} [{row.low:.1f}, {row.high:.1f}]")

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s1book.cli import main
-from s1book.config import load_preset, parameters, project_root
+from s1book.ablations import cut_arm, make_arm
+from s1book.config import load_preset, parameters, project_root, training_flops
 from s1book.cost import (
-    activation_bytes, gathered_bytes, host_bytes, knob, logit_bytes, memory, plan, plan_lines, state_bytes,
+    PAPER_POOL, ablation_plan, activation_bytes, gathered_bytes, host_bytes, knob, logit_bytes, memory, plan, plan_lines, state_bytes,
     train_flops, train_seconds,
 )
 
@@ -165,6 +166,62 @@ def test_the_command_prints_every_part_and_stage(name, capsys):
     for word in ("weights", "gradients", "optimiser", "activations", "logits", "fits",
                  "traces", "difficulty", "training", "evaluation"):
         assert word in out
+
+
+POOL = ["pool.source=s1-sources", f"pool.size={PAPER_POOL}", "teacher.kind=openai", "features.domain=llm"]
+
+
+def stages_of(preset):
+    return {stage.name: stage for stage in ablation_plan(preset)}
+
+
+@pytest.mark.parametrize("preset", [
+    load_preset("h100", POOL), load_preset("h100", [*POOL, "ablations.full_epochs=0"]), load_preset("tiny"),
+    load_preset("tiny", ["ablations.sets=[longest]", "ablations.cut=0.5", "sft.gradient_checkpointing=true"]), H100,
+], ids=["pool", "equal steps", "tiny", "few", "h100"])
+def test_the_arms_cost_what_chapter_17_trains_and_asks(preset):
+    """Sums over real arms, made of a pool of the preset's size, by the functions of chapter 17."""
+    pool = [{"question_hash": f"{i:05}", "domain": "d", "trace_tokens": i} for i in range(preset.pool.size)]
+    sets = preset.ablations.sets if preset.pool.size > preset.select.size else ()
+    arms = [make_arm(pool, kind, preset) for kind in sets]
+    arms += [cut_arm(pool[:preset.select.size], 10, preset)] if preset.ablations.cut else []
+    length, shape, twice = preset.sft.mean_length, preset.model.shape, preset.sft.gradient_checkpointing
+    flops = sum(training_flops(shape, length * len(arm.rows), arm.preset.sft.epochs, twice) for arm in arms)
+    stages = stages_of(preset)
+    trained = [stage for name, stage in stages.items() if name.startswith("train ")]
+    assert [stage.name for stage in trained] == [f"train {arm.name}" for arm in arms]
+    assert sum(stage.flops for stage in trained) == pytest.approx(flops)
+    assert sum(stage.tokens for stage in trained) == sum(
+        length * len(arm.rows) * arm.preset.sft.epochs for arm in arms)
+    asked = sum(stage.tokens for name, stage in stages.items() if name.startswith("ask "))
+    words = len(preset.ablations.strings)   # each is thought on for a fifth, out of one decode
+    assert asked == pytest.approx(728 * length * (len(arms) + 1 + words * 0.2))
+    for stage in stages.values():
+        gpu_hours = stage.hours * preset.launch.devices
+        speed = preset.launch.peak_tflops * 1e12 * stage.mfu * 3600
+        assert gpu_hours == pytest.approx(stage.flops / speed)
+        assert stage.dollars == pytest.approx(gpu_hours * preset.launch.usd_per_gpu_hour)
+
+
+def test_a_preset_without_a_choice_says_what_the_other_sets_would_cost():
+    """Nothing is left out in silence, and what is not run is not in the sum of what is."""
+    text = "\n".join(plan_lines(H100, "h100"))
+    own, other = text.split("Other sets need a pool to choose from")
+    assert [name for name in stages_of(H100) if name.startswith("train")] == ["train cut"]
+    assert "train cut" in own and "train full" not in own and f"{PAPER_POOL:,} questions" in other
+    whole = stages_of(load_preset("h100", POOL))
+    for kind in ("random", "diverse", "longest", "full"):
+        for verb in ("train", "ask"):
+            assert f"{verb} {kind}" in other and f"{whole[f'{verb} {kind}'].dollars:.2f}" in other
+    hours = sum(s.hours for n, s in whole.items() if n.split()[1] in ("random", "diverse", "longest", "full"))
+    assert f"({16 * hours:,.0f} GPU-hours)" in other
+    tiny = "\n".join(plan_lines(load_preset("tiny"), "tiny"))
+    assert "train full" in tiny and "Other sets need" not in tiny
+
+
+def test_answers_end_with_the_thinking_that_is_allowed():
+    short = load_preset("h100", ["budget.max_thinking_tokens=5000", "budget.maxima=[500]"])
+    assert stages_of(short)["ask cut"].tokens == stages_of(short)["ask strings"].tokens == 728 * 5000
 
 
 def test_launch_on_a_laptop_is_one_sentence(capsys):

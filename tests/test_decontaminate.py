@@ -406,6 +406,13 @@ def test_stretches_hold_exactly_their_positions(positions):
     assert all(later - last > 1 for (_, last), (later, _) in zip(found, found[1:]))
 
 
+def test_an_item_that_is_covered_to_the_threshold_is_reason_enough():
+    words = [f"w{i}" for i in range(16)]
+    index = build_index(rows([" ".join(words), " ".join(words[:10] + ["x"] * 6)]), "s1book", coverage=0.75)
+    leak = find_leak(pool_row(" ".join(words[:12])), index)
+    assert (leak.id, leak.coverage, leak.items) == ("bench-0", 0.75, 1)  # 12 of 16 words; of the other item 10
+
+
 def test_evidence_names_the_item_that_is_covered_most():
     words = [f"w{i}" for i in range(20)]
     index = build_index(rows([" ".join(words[:8] + ["x"] * 9), " ".join(words[:10])]), "s1")

@@ -10,6 +10,7 @@ import pytest
 
 from s1book.cli import main
 from s1book.config import Run, S1Error, project_root
+from s1book.contrasts import read_answers, save_answers
 from s1book.figures import (
     COLUMNS,
     Drawing,
@@ -26,7 +27,7 @@ from s1book.figures import (
 )
 from s1book.scaling import curve_points
 from s1book.stats import paper_table, wilson
-from s1book.tables import NAMED_BY, TITLES, our_side, paper_side, statement_table, statements
+from s1book.tables import NAMED_BY, TITLES, our_side, paper_side, statement_table, statements, tables_html
 
 
 @pytest.fixture(scope="module")
@@ -201,35 +202,95 @@ def test_our_tables(run):
     assert our_side(5, run).setting.tolist()[-1] == "4 x Wait"
 
 
-def test_cut_traces_are_counted_and_not_trained_on(run):
-    """Table 8: the same share as in the paper would be cut; what was not trained has no accuracy."""
+def test_cut_traces_are_counted_and_trained_on(run):
+    """Table 8: the same share as in the paper is cut; its answers are the recorded ones, and say so."""
     table = our_side(8, run)
     tokens = pd.read_parquet(project_root() / "data" / "reference" / "sft_tokens.parquet")
     lengths = tokens.input_ids.map(len).to_numpy()
     for row in table.itertuples():
         assert row.cut == (lengths > row[1]).sum()
-        assert row.cut + table["keep their end"][row.Index] == row.samples == len(lengths)
+        assert row.samples == len(lengths)
     assert abs(table.cut[0] / len(lengths) - 0.74) < 0.04 and table.cut[1] == 0
     assert table["training length"][1] == run.preset.sft.max_length
-    accuracies = table.filter(like="n = ")
-    assert (accuracies.iloc[0] == "not trained").all()
-    assert accuracies.iloc[1].str.contains("[", regex=False).all()
+    assert table["trained by"].tolist() == ["recorded run, seed 0", "this run"]
+    answers = read_answers(project_root() / "data/reference/seeds/0/ablations/answers.parquet")
+    for place, arm in enumerate(("cut", "selected")):
+        own = answers[(answers.arm == arm) & (answers.setting == "natural") & (answers.benchmark == "tiny_mixed")]
+        found = wilson(own.correct.sum(), len(own))
+        assert table["tiny_mixed, n = 500"][place] == (
+            f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]; "
+            f"{own.thinking_tokens.mean():,.0f} tokens")
+
+
+def test_a_run_that_has_trained_on_cut_traces_shows_its_own(run, tmp_path):
+    recorded = read_answers(project_root() / "data/reference/seeds/0/ablations/answers.parquet")
+    own = Run("tiny", run.preset, tmp_path)
+    save_answers(recorded[recorded.arm == "cut"].assign(correct=False), own.write("ablations/answers.parquet"))
+    table = our_side(8, own)
+    assert table["trained by"].tolist() == ["this run", "this run"]
+    assert table["tiny_hard, n = 30"][0].startswith("0.0 [0.0, 11.4]; ")
+    save_answers(recorded[recorded.arm != "cut"], own.write("ablations/answers.parquet"))
+    assert our_side(8, own)["trained by"].tolist() == ["recorded run, seed 0", "this run"]
+    other = Run("mine", run.preset, tmp_path / "mine")   # of another preset nothing is recorded
+    for name in ("accuracy.csv", "sft_tokens.parquet"):
+        shutil.copy(project_root() / "data" / "reference" / name, other.write(name))
+    assert our_side(8, other).filter(like="n = ").iloc[0].tolist() == ["not trained"] * 3
+
+
+def test_table_8_marks_what_tables_1_and_4_contradict():
+    """The same training has three accuracies in the paper."""
+    one = paper_table("table1").set_index("model").loc["s1 w/o BF"]
+    four = paper_table("table4").query("times == 0").iloc[0]
+    for row in paper_table("table8").query("training_length == 32768").itertuples():
+        same = row.accuracy == one[row.benchmark] == four[row.benchmark]
+        assert same == pd.isna(row.erratum)
+        assert same or (f"{one[row.benchmark]} and" in row.erratum and f"{four[row.benchmark]} for" in row.erratum)
+
+
+def test_our_table_3_is_chapter_12s(run):
+    """Every accuracy with its interval and n; the unit of the slope is said."""
+    shown = our_side(3, run).set_index("method")
+    table = pd.read_csv(project_root() / "data/reference/controls/table.csv").set_index("method")
+    assert list(shown) == ["Control, %", "Scaling, per doubling", "Performance", "runs", "questions"]
+    for name, row in table.iterrows():
+        assert shown.Performance[name] == f"{row.performance:.1f} [{row.low:.1f}, {row.high:.1f}]"
+        assert shown["Scaling, per doubling"][name] == round(row.scaling, 1) and shown.questions[name] == row.n
+
+
+def test_errors_of_a_whole_table_or_figure_are_said(run, tmp_path, all_drawings):
+    page = " ".join(tables_html(run, tmp_path))
+    assert "to 2021 by the paper, to 2022 by its code" in page and "points per doubling" in page
+    said = {name: " ".join(drawing.notes) for name, drawing in all_drawings.items()}
+    assert "outside Diamond" in said["figure-1"] and "whole budget anew" in said["figure-4"]
+    assert "cut by 0.5" in said["figure-6"] and "12 of 30 answers exceed" in said["figure-7"]
+
+
+def test_examples_of_ours_are_the_sets_that_were_trained_on(all_drawings, run):
+    """Figure 2, right: the selected set, and the full pool at the same number of steps."""
+    points = all_drawings["figure-2"].panels[-1].points
+    assert points.label.tolist() == ["selected, 5 passes", "full pool, each once"]
+    assert points.x.tolist() == [1000, run.preset.steps * 16]
+    table = pd.read_csv(project_root() / "data/reference/ablations/table.csv")
+    full = table[(table.arm == "full") & (table.benchmark == "tiny_mixed")].iloc[0]
+    assert points.y.tolist() == pytest.approx([100 * full.accuracy_before, 100 * full.accuracy])
 
 
 @pytest.mark.parametrize("number, key, row, to", [
     (2, "set", "full", "selected"), (4, "string", "2 x Hmm", "natural")])
 def test_tables_of_chapter_17_are_shown_once_they_are_there(tmp_path, monkeypatch, number, key, row, to):
     """Only contrasts with the natural end of the selected set, and only the family of the table."""
-    lines = ["family,before,arm,setting,benchmark,n,accuracy,difference,low,high",
-             "data,selected natural,full,natural,tiny_hard,30,0.5,-0.1,-0.2,0.1",
-             "data,selected 2 x Wait,longest,natural,tiny_hard,30,0.9,0.1,-0.2,0.1",
-             "strings,selected natural,selected,2 x Hmm,tiny_hard,30,0.5,-0.1,-0.2,0.1"]
+    lines = ["family,before,arm,setting,benchmark,n,accuracy_before,accuracy,difference,low,high",
+             "data,selected natural,full,natural,tiny_hard,30,0.6,0.5,-0.1,-0.2,0.1",
+             "data,selected 2 x Wait,longest,natural,tiny_hard,30,0.8,0.9,0.1,-0.2,0.1",
+             "strings,selected natural,selected,2 x Hmm,tiny_hard,30,0.6,0.5,-0.1,-0.2,0.1",
+             "length,selected natural,cut,natural,tiny_hard,30,0.6,0.2,-0.4,-0.5,-0.3"]
     monkeypatch.setenv("S1BOOK_RUN", str(tmp_path))
     (tmp_path / "ablations").mkdir()
     (tmp_path / "ablations" / "table.csv").write_text("\n".join(lines) + "\n")
     shown = our_side(number, Run.open("tiny"))
     assert shown.to_dict("list") == {
-        key: [row], "tiny_hard, n = 30": [f"50.0; difference to {to} -10.0 [-20.0, +10.0]"]}
+        key: [to, row], "tiny_hard, n = 30": [
+            "60.0 [42.3, 75.4]", f"50.0 [33.2, 66.8]; difference to {to} -10.0 [-20.0, +10.0]"]}
 
 
 def test_a_run_without_a_curve_has_no_statements(run):

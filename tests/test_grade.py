@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s1book.choices import LETTERS, choice_letters
 from s1book.columns import fill_column, record_key
 from s1book.config import S1Error
 from s1book.grade import (
-    Grade, Grader, answer_kind, are_correct, arrange_choices, audit, boxed, choice_letter, disagreements,
-    extract_answer, grade, grade_all, grade_traces, number, reference, rules_grader, same_by_rule,
+    GRADERS, Grade, Grader, answer_kind, are_correct, arrange_choices, audit, boxed, disagreements, extract_answer,
+    grade, grade_all, grade_traces, number, options_of, reference, rules_grader, same_by_rule,
 )
 from s1book.judge import ask_until_read, judge_grader, judge_question, read_verdict
 from s1book.verifier import MathVerifier, end, is_tower, math_verifier, verdicts
@@ -37,19 +38,25 @@ def test_boxed(text, wanted):
     assert boxed(text) == wanted
 
 
-@pytest.mark.parametrize("text, kind, wanted", [
-    ("Answer: 3", None, "3"), ("answer: 3\nAnswer: 4", None, "4"), ("Final Answer: 5", None, "5"),
-    ("**Answer:** $023$.", None, "023"), ("Answer:\n\n 12 \nmore", None, "12"), ("Answer: 7<|im_end|>\n", None, "7"),
-    ("Answer: 1 <|im_start|>answer\n2", None, "2"), ("Answer: \\boxed{9}", None, "9"), (" 7 ", None, "7"),
-    ("two words", None, None), ("Answer:", None, None), ("", None, None), (None, None, None),
-    ("\\boxed{7", None, None), ("Answer: \\boxed{7", None, None), ("Answer: " + "7" * 5000, None, None),
-    ("Answer: (C)", "choice", "C"), ("so the option is (A), no, (D) it is", "choice", "D"), ("B 7", "choice", None),
-    ("think\n<|im_start|>answer\nx = 5<|im_end|>", None, "x = 5"), ("<|im_start|>answer\nfive\nor six", None, None),
-    ("<|im_start|>answer\nthe option (B) it is", "choice", "B"), ("Answer: 3 <|im_start|>answer\n4", None, "4"),
-    ("Answer: B 7", "choice", "B"), ("sorry", "choice", None), ("Answer: A dog", "choice", None), ("C", "choice", "C"),
+@pytest.mark.parametrize("text, options, wanted", [
+    ("Answer: 3", "", "3"), ("answer: 3\nAnswer: 4", "", "4"), ("Final Answer: 5", "", "5"),
+    ("**Answer:** $023$.", "", "023"), ("Answer:\n\n 12 \nmore", "", "12"), ("Answer: 7<|im_end|>\n", "", "7"),
+    ("Answer: 1 <|im_start|>answer\n2", "", "2"), ("Answer: \\boxed{9}", "", "9"), (" 7 ", "", "7"),
+    ("two words", "", None), ("Answer:", "", None), ("", "", None), (None, "", None), (None, "ABCD", None),
+    ("\\boxed{7", "", None), ("Answer: \\boxed{7", "", None), ("Answer: " + "7" * 5000, "", None),
+    ("Answer: (C)", "ABCD", "C"), ("so the option is (A), no, (D) it is", "ABCD", "D"), ("B 7", "ABCD", None),
+    ("think\n<|im_start|>answer\nx = 5<|im_end|>", "", "x = 5"), ("<|im_start|>answer\nfive\nor six", "", None),
+    ("<|im_start|>answer\nthe option (B) it is", "ABCD", "B"), ("Answer: 3 <|im_start|>answer\n4", "", "4"),
+    ("Answer: B 7", "ABCD", "B"), ("sorry", "ABCD", None), ("Answer: A dog", "ABCD", None), ("C", "ABCD", "C"),
+    ("The answer is (E).", "ABCDE", "E"), ("The answer is (E).", "ABCD", None), ("Answer: E) 42", "ABCDE", "E"),
+    ("it is (B), for (E) is a point", "ABCD", "B"), ("it is (B), for (E) is a point", "ABCDE", "E"),
+    ("the options (A), (C) and (D) are right", "ABCD", "ACD"), ("Answer: A, C", "ABCD", "AC"), ("CA", "ABCD", "AC"),
+    (r"\boxed{\text{A, B and D}}", "ABCD", "ABD"), ("Answer: A, E", "ABCD", "A"), ("Answer: AE", "ABCD", None),
+    ("(A) and (C)", "ABCD", "AC"), ("(B) 42", "ABCD", "B"), ("<|im_start|>answer\nA and (C)", "ABCD", "AC"),
+    ("Answer: Band", "ABCD", None), ("Answer: J", LETTERS, "J"), ("Answer: (i)", LETTERS, "I"), ("Answer: i", "ABCD", None),
 ])
-def test_extract_answer(text, kind, wanted):
-    assert extract_answer(text, kind) == wanted
+def test_extract_answer(text, options, wanted):
+    assert extract_answer(text, options) == wanted
 
 
 def test_only_the_end_of_a_long_text_is_read():
@@ -58,7 +65,7 @@ def test_only_the_end_of_a_long_text_is_read():
 
 
 def test_unparsable_choice_is_never_a_default_letter():
-    row = {"question": "Which ? A 3 B 7 C 1 D 4", "answer": "A"}
+    row = {"question": "Which ? A)3 B)7 C)1 D)4", "answer": "A"}
     assert answer_kind(row) == "choice"
     for text in ("", "sorry", "I cannot say", "Answer:", "Answer: 3", "Answer: E"):
         assert grade(row, text) == Grade(None, False)
@@ -69,7 +76,8 @@ def test_unparsable_choice_is_never_a_default_letter():
     ("4/2", "2", "integer", True), ("x = 25", "25", "integer", True), ("24", "23", "integer", False),
     ("23 or 24", "23", "integer", False), ("", "23", "integer", False), ("1e1", "10", "integer", False),
     ("tin", "nit", "word", False), ("NIT", "nit", "word", True), (r"\text{nit}", "nit", "word", True),
-    ("(b)", "B", "choice", True), ("C", "B", "choice", False),
+    ("(b)", "B", "choice", True), ("C", "B", "choice", False), ("E", "E", "choice", True), ("AC", "A", "choice", False),
+    ("C, A", "AC", "choice", True), ("A", "AC", "choice", False), ("ABC", "AC", "choice", False),
     (r"\dfrac{1}{2}", "0.5", "math", True), ("(x-1)(x+1)", "x^2-1", "math", True), ("x+1", "x-1", "math", False),
     (r"2\sqrt{2}", r"\sqrt{8}", "math", True), (r"\frac{1}{0}", "0.5", "math", False),
 ])
@@ -82,6 +90,56 @@ def test_answer_kind(gold, kind):
     assert answer_kind({"question": "How many ?", "answer": gold}) == kind
 
 
+@pytest.mark.parametrize("question, gold, options", [
+    ("Facing N , turns aU bL ?", "E", ""), ("Largest of a7 b1 ? A)7 B)2 C)0 D)4", "A", "ABCD"),  # the tiny world
+    ("Which?\n(A)21\n(B)2\n(C)3\n(D)4\n(E)None of these", "E", "ABCDE"),  # AGIEval
+    ("Which?\n\n(A) $1$\n\n(B) $2$\n\n(C) $3$\n\n(D) $4$", "ACD", "ABCD"),  # JEEBench
+    ("Which?\n\nA. one\n\nB. two\n\nC. three", "C", "ABC"), (r"\textbf{(A)}\ 1\qquad\textbf{(B)}\ 2", "B", "AB"),
+    ("A: 1\nB: 2", "B", "AB"), ("[A] 1 [B] 2", "A", "AB"),
+    ("If P (A) = 0.2 and P(B) = 0.8?\n(A)0.2\n(B)0.4\n(C)1", "C", "ABC"),  # what looks like an option stands before
+    ("J. D. asks about vitamin E.\n(A)1\n(B)2", "B", "AB"), ("(A)H, P. L\n(B)F, G, H\n(C)A.", "C", "ABC"),
+    ("Which?\n(A)1\n(B)2\n(C)3\n(D)4", "E", ""), ("(A) 1 (B) 2 (C) 3", "CA", ""), ("(B) 2 (A) 1", "B", ""),
+    ("The point A or B ?", "A", ""), ("(A) only", "A", ""), ("(A) no (B) yes", "yes", ""), ("(A) 1 (B) 2", "AA", ""),
+    ("Does (DNA) bind (AB)?", "A", ""),
+    ("(A) 1 (B) 2", None, ""), (None, "A", ""), ("(A) 1 (B) 2", float("nan"), ""),
+])
+def test_multiple_choice_lists_its_options(question, gold, options):
+    row = {"question": question, "answer": gold}
+    assert options_of(row) == options and (answer_kind(row) == "choice") == bool(options)
+
+
+FORMS = st.sampled_from(["({0}) {1}", "({0}){1}", "{0}){1}", "{0}. {1}", "{0}: {1}", "[{0}] {1}"])
+SAYINGS = st.sampled_from(["Answer: {}", "Answer: ({})", "\\boxed{{{}}}", "so it is ({})", "{}", "<|im_start|>answer\n({})."])
+
+
+@given(FORMS, st.integers(2, 10), st.sampled_from(["\n", " ", "\n\n"]), SAYINGS, st.data())
+@settings(deadline=None)
+def test_any_number_of_options_up_to_ten(form, size, gap, saying, data):
+    listed, letter = LETTERS[:size], st.sampled_from(LETTERS)
+    question = gap.join(["Which one?", *(form.format(letter, i) for i, letter in enumerate(listed))])
+    gold, said = data.draw(letter), data.draw(letter)
+    row = {"question": question, "answer": gold}
+    assert options_of(row) == (listed if gold in listed else "")
+    if gold in listed:
+        assert grade(row, saying.format(said)) == Grade(said if said in listed else None, said == gold)
+
+
+@given(st.sets(st.sampled_from("ABCDE"), min_size=1), st.sets(st.sampled_from("ABCDE"), min_size=1), st.randoms(),
+       st.sampled_from(["", ", ", " and ", " ", "&", ","]), st.sampled_from(["{}", "({})"]))
+def test_several_letters_are_right_when_they_are_the_same_in_any_order(gold, said, rng, gap, form):
+    row = {"question": "Which? (A)1 (B)2 (C)3 (D)4 (E)5", "answer": "".join(sorted(gold))}
+    order = rng.sample(sorted(said), len(said))
+    text = "Answer: " + gap.join(form.format(letter) for letter in order)
+    assert grade(row, text) == Grade("".join(sorted(said)), said == gold)
+
+
+@given(TEXTS, st.text("ABCDEFGHIJ", min_size=1, max_size=3))
+@settings(deadline=None)
+def test_only_listed_letters_are_answers(text, gold):
+    row = {"question": "Which? A)1 B)2 C)3", "answer": gold}
+    assert set(grade(row, text).extracted or "") <= set("ABC") or answer_kind(row) != "choice"
+
+
 @given(st.integers(-10**30, 10**30), st.integers(1, 10**9))
 def test_number_is_exact(top, bottom):
     value = number(f"{top}/{bottom}")
@@ -92,17 +150,17 @@ def test_number_is_exact(top, bottom):
 @given(TEXTS)
 @settings(max_examples=300, deadline=None)
 def test_extraction_never_raises(text):
-    for kind in (None, "choice", "integer"):
-        answer = extract_answer(text, kind)
+    for options in ("", "ABCD", LETTERS):
+        answer = extract_answer(text, options)
         assert answer is None or (isinstance(answer, str) and answer and answer.encode("utf-8"))
-        assert kind != "choice" or answer in (None, "A", "B", "C", "D")
+        assert not options or answer is None or answer == "".join(c for c in options if c in answer)
 
 
 @given(TEXTS, st.sampled_from(["integer", "word", "choice"]))
 @settings(deadline=None)
 def test_rules_never_raise(text, kind):
     assert same_by_rule(text, "B" if kind == "choice" else "7", kind) in (True, False)
-    choice_letter(text)
+    choice_letters(text)
 
 
 @given(TEXTS)
@@ -217,7 +275,7 @@ def test_grading_together_is_grading_one_by_one():
     assert grade_all(rows, 2) == [grade(row, text) for row, text in rows]
 
 
-@given(st.text(), st.lists(st.text(), min_size=2, max_size=4, unique=True), st.randoms())
+@given(st.text(), st.lists(st.text(), min_size=2, max_size=10, unique=True), st.randoms())
 def test_options_are_arranged_by_the_hash_alone(question, options, rng):
     right, wrong = options[0], options[1:]
     first = arrange_choices(question, right, wrong)
@@ -226,9 +284,14 @@ def test_options_are_arranged_by_the_hash_alone(question, options, rng):
     assert first[0].startswith(question) and f"({first[1]}) {right}" in first[0]
 
 
+def test_the_same_options_stand_in_another_order_under_another_question():
+    letters = {arrange_choices(f"Question {i}?", "3", ["1", "2", "4"])[1] for i in range(40)}
+    assert letters == set("ABCD")
+
+
 def test_options_are_refused_when_they_cannot_be_told_apart():
-    for wrong in (["3"], [], list("1245")):
-        with pytest.raises(S1Error, match="two to four different"):
+    for wrong in (["3"], [], list("124567890a")):
+        with pytest.raises(S1Error, match="two to ten different"):
             arrange_choices("How many r in raspberry?", "3", wrong)
 
 
@@ -269,8 +332,12 @@ def test_grades_are_kept_until_attempt_reference_or_grader_changes(tmp_path):
     assert len(graded) == 8
 
 
-def test_the_graders_name_changes_with_its_program():
-    assert rules_grader().name == rules_grader(3).name and "@" in rules_grader().name
+@pytest.mark.parametrize("module", ["grade", "choices", "verifier"])
+def test_the_graders_name_changes_with_its_program(monkeypatch, module):
+    name, read = rules_grader().name, Path.read_bytes
+    assert rules_grader(3).name == name and "@" in name and module in GRADERS
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.stem == module))
+    assert rules_grader().name != name
 
 
 @pytest.mark.parametrize("stop", range(5))

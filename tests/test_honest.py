@@ -1,6 +1,7 @@
 """Truncation, Waits and votes taken apart: each number against a slow and obvious twin."""
 
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -14,14 +15,16 @@ from hypothesis import strategies as st
 from s1book.budget import budget_force, make_force
 from s1book.config import Run, S1Error, project_root
 from s1book.engine import ScriptedEngine
-from s1book.evaluate import thought
+from s1book.evaluate import load_benchmarks, thought
 from s1book.format import load_tokenizer, prompt_ids
 from s1book.honest import (
     CLAIMS,
     LOOKS,
     NO_DATA,
+    SPREAD,
     comes_back,
     critics,
+    disagreement,
     effects,
     equal_tokens,
     flow_table,
@@ -32,19 +35,22 @@ from s1book.honest import (
     length_gap,
     oscillation,
     per_wait,
+    ratio,
     read_votes,
     same_questions,
     sample_cost,
     seed_spread,
     shortest_scores,
     shortest_vote,
+    spread_samples,
+    spread_steps,
     truncation_share,
     verdict,
     vote_scores,
 )
 from s1book.parallel import metered
 from s1book.repeats import drawn_sets, vote
-from s1book.stats import accuracy_table, wilson
+from s1book.stats import accuracy_table, holm, wilson
 
 ORDER = ["max=0", "max=8", "natural", "newline=1", "wait=1", "wait=2"]
 answers = st.lists(st.sampled_from(["1", "2", "3", None]), min_size=1, max_size=7)
@@ -80,6 +86,19 @@ VOTES = [
 ]
 
 
+def samples_of(settings_):
+    """Samples as chapter 16 draws them: setting -> a list of answers for each question."""
+    return pd.DataFrame([
+        {"id": f"q{i:02}", "sample": str(k), "setting": name, "extracted": a, "correct": a == "3",
+         "thinking_tokens": 20} for name, rows in settings_.items() for i, row in enumerate(rows)
+        for k, a in enumerate(row)])
+
+
+SAMPLES = samples_of({  # pairs that differ: a half at first, then none, then all
+    "natural": [["3", "3", "3", "1"]] * 6, "wait=1": [["3"] * 4] * 6,
+    "wait=2": [["3", "1", "2", None]] * 6})
+
+
 @pytest.fixture(scope="module")
 def recorded():
     frame = pd.read_json(project_root() / "data/reference/seeds/0/records.jsonl.gz", lines=True,
@@ -96,6 +115,15 @@ def test_effects_are_told_apart_by_hand():
     assert (control.wrong_to_right, control.right_to_wrong) == (0, 0)
     assert (wait.wrong_to_right, wait.right_to_wrong) == (3, 2)
     assert "[" in wait.points and (table.p_holm >= table.p).all()
+
+
+def test_holm_is_made_for_each_benchmark():
+    """Another benchmark in the same file makes no step of this one less certain."""
+    both = effects(curve(ROWS) + curve(ROWS[:6], "other"))
+    for _, part in both.groupby("benchmark"):
+        assert np.allclose(part.p_holm, holm(part.p))
+    mine, alone = both[both.benchmark == "toy"].set_index("step"), effects(curve(ROWS)).set_index("step")
+    assert (mine.p_holm == alone.p_holm).all() and mine.p_holm.min() == pytest.approx(4 * 2 / 2**7)
 
 
 def test_flips_per_wait_by_hand():
@@ -121,6 +149,10 @@ def test_share_of_truncation_by_hand_and_where_nothing_rises():
     assert table.low["wait=1"] < 7 / 8 < table.high["wait=1"]
     flat = truncation_share(curve([["3"] * 6] * 4), resamples=50)
     assert np.isinf(flat.share).all()
+
+
+def test_a_fall_is_no_rise_to_share():
+    assert np.isinf(ratio([1.0, 1.0], [0.0, -2.0])).all() and ratio([1.0], [2.0]) == [0.5]
 
 
 def test_share_of_truncation_is_the_loop(recorded):
@@ -283,6 +315,9 @@ def test_pairing_follows_the_questions_and_not_the_rows():
     frame, votes = same_questions(curve(ROWS), VOTES, 16)
     mixed = frame.sample(frac=1, random_state=3)
     pd.testing.assert_frame_equal(equal_tokens(mixed, votes), equal_tokens(frame, votes))
+    again, turned = same_questions(curve(ROWS), VOTES[::-1], 16)
+    assert turned == votes
+    pd.testing.assert_frame_equal(equal_tokens(again, turned), equal_tokens(frame, votes))
 
 
 @given(st.floats(-5, 5), st.floats(0, 5), st.floats(-5, 5), st.booleans())
@@ -295,7 +330,7 @@ def test_verdicts(low, width, than, more):
 
 def test_critics_have_n_and_an_interval_or_say_why_not():
     frame, votes = same_questions(curve(ROWS), VOTES, 16)
-    table = critics(curve(ROWS), frame, votes)
+    table = critics(curve(ROWS), frame, votes, SAMPLES)
     tested = table[table.here != "no data"]
     assert set(tested.claim) == set(CLAIMS.values()) and (tested.n > 0).all()
     assert tested.measured.str.fullmatch(r"-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]").all()
@@ -303,18 +338,83 @@ def test_critics_have_n_and_an_interval_or_say_why_not():
     fall = tested[tested.claim == CLAIMS["fall"]].iloc[0]
     assert fall.value == pytest.approx(100 / 12) and fall.here in ("open", "no")
     worse = [r | ({"correct": False} if r["setting"] == "wait=2" else {}) for r in curve(ROWS)]
-    again = critics(worse, frame, votes)
+    again = critics(worse, frame, votes, SAMPLES)
     assert again[again.claim == CLAIMS["fall"]].here.item() == "yes"
+
+
+def test_claims_are_about_what_they_say():
+    """Which step, which number of samples, and on which side of the limit the claim lies."""
+    frame, votes = same_questions(curve(ROWS), VOTES, 16)
+    table = critics(curve(ROWS), frame, votes, SAMPLES).set_index("claim")
+    cut = table.loc[[CLAIMS["truncation"]]].iloc[0]
+    assert (cut["on"], cut.limit) == ("toy, to wait=1", "> 50") and cut.value == pytest.approx(700 / 8)
+    assert set(table.loc[[CLAIMS["fall"]]].limit) == set(table.loc[[CLAIMS["short"]]].limit) == {"< 0"}
+    assert table.loc[[CLAIMS["fall"]]]["on"].tolist() == ["toy, wait=1 → wait=2"]
+    assert table.loc[[CLAIMS["coin"]]]["on"].tolist() == ["toy, wait=1 → wait=2"]
+    for said in table.loc[[CLAIMS["vote"]]]["on"]:
+        k, setting = re.fullmatch(r"toy, k=(\d+) against (wait=\d)", said).groups()
+        assert int(k) * sample_cost(votes) >= frame[frame.setting == setting].tokens.mean()
 
 
 def test_a_better_vote_is_said_to_be_better():
     frame, votes = same_questions(curve(ROWS), VOTES, 16)
     poor = frame.assign(correct=False)
     sure = [v | {"answers": ["3"] * 4, "right": ["3"]} for v in votes]
-    table = critics(curve(ROWS), poor, sure)
+    table = critics(curve(ROWS), poor, sure, SAMPLES)
     assert set(table[table.claim == CLAIMS["vote"]].here) == {"yes"}
-    good = critics(curve(ROWS), frame.assign(correct=True), [v | {"right": []} for v in votes])
+    good = critics(curve(ROWS), frame.assign(correct=True), [v | {"right": []} for v in votes], SAMPLES)
     assert set(good[good.claim == CLAIMS["vote"]].here) == {"no"}
+
+
+@given(st.lists(st.sampled_from(["1", "2", None]), min_size=2, max_size=7))
+def test_disagreement_is_the_share_of_pairs(found):
+    pairs = list(combinations(found, 2))
+    assert disagreement(found) == pytest.approx(sum(a != b for a, b in pairs) / len(pairs))
+
+
+def test_spread_and_gain_are_paired_and_told_apart():
+    """A Wait that makes everybody right narrows the answers; one that scatters them does not."""
+    table = spread_steps(SAMPLES).set_index("after")
+    assert list(table.index) == ["wait=1", "wait=2"] and (table.n == 6).all() and (table.samples == 4).all()
+    assert table.spread["wait=1"] == pytest.approx(-50) and table.gain["wait=1"] == pytest.approx(25)
+    assert table.spread["wait=2"] == pytest.approx(50) and table.gain["wait=2"] == pytest.approx(-50)
+    mixed = spread_steps(SAMPLES.sample(frac=1, random_state=1)).set_index("after")
+    pd.testing.assert_frame_equal(mixed, table)
+    frame, votes = same_questions(curve(ROWS), VOTES, 16)
+    said = critics(curve(ROWS), frame, votes, SAMPLES).set_index("claim").loc[CLAIMS["spread"]]
+    assert list(said.here) == ["no", "yes"] and said["on"].str.contains("toy, 4 samples").all()
+
+
+def test_questions_differ_and_the_interval_says_so():
+    """Half of the questions scatter, half draw together: the mean is nothing, its interval is wide."""
+    before = [["3", "3", "1", "1"]] * 6
+    both = samples_of({"natural": before, "wait=1": [["3"] * 4, ["1", "2", "3", None]] * 3})
+    [row] = spread_steps(both).itertuples()
+    assert row.spread_low < row.spread < row.spread_high and row.spread_high - row.spread_low > 30
+
+
+def test_samples_are_drawn_apart_and_only_once(tmp_path, monkeypatch):
+    """Every sample has its own seed, whatever stands beside it; what is recorded is not asked again."""
+    import s1book.methods
+
+    monkeypatch.setenv("S1BOOK_RUN", "no-such-run")
+    there = Run.open("tiny")
+    run, rows = Run("tiny", there.preset, tmp_path), load_benchmarks(there)[40:43]
+    table = spread_samples(run, there.read("sft"), rows)
+    assert set(table.setting) == {"natural", "wait=1", "wait=2", "wait=4"} and len(table) == 3 * SPREAD[0] * 4
+    assert set(table.id) == {row["id"] for row in rows}
+    thoughts = table.pivot(index=["id", "sample"], columns="setting", values="thinking_tokens")
+    assert (thoughts["natural"] <= thoughts["wait=1"]).all() and (thoughts["wait=1"] <= thoughts["wait=4"]).all()
+    assert thoughts.groupby("id").nunique().max(axis=None) > 1, "the samples of a question differ"
+    monkeypatch.setattr(s1book.methods, "open_engine", lambda *a: pytest.fail("asked again"))
+    pd.testing.assert_frame_equal(spread_samples(run, there.read("sft"), rows), table)
+    monkeypatch.setattr("s1book.honest.SPREAD", (SPREAD[0], 0.9))
+    with pytest.raises(pytest.fail.Exception, match="asked again"):   # another temperature is another sample
+        spread_samples(run, there.read("sft"), rows)
+    monkeypatch.undo()
+    alone = spread_samples(Run("tiny", there.preset, tmp_path / "alone"), there.read("sft"), rows[1:2])
+    other = table[table.id == rows[1]["id"]].reset_index(drop=True)
+    assert (alone.thinking_tokens == other.thinking_tokens).mean() > 0.9   # ties fall as batches do
 
 
 def test_seeds_lie_apart_as_far_as_they_do():

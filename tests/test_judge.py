@@ -7,13 +7,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from bad_server import BadServer
+from bad_server import USD_IN, USD_OUT, BadServer
 
 from s1book.asking import ask_server
+from s1book.client import Bill
 from s1book.config import S1Error, load_preset, read_jsonl
 from s1book.features import classify
 from s1book.grade import grade_traces
 from s1book.judge import ask_judge, ask_until_read, open_grader, read_verdict
+from s1book.store import alone
 
 
 class Talker(BadServer):
@@ -42,8 +44,8 @@ def rows(n):
             for i in range(n)]
 
 
-def attempts(n):
-    return [{"question_hash": f"h{i}", "attempt": f"I say {3 + i if i % 2 else 0}."} for i in range(n)]
+def attempts(n, who="model"):
+    return [{"question_hash": f"h{i}", "attempt": f"I, {who}: I say {3 + i if i % 2 else 0}."} for i in range(n)]
 
 
 def honest(question, number):
@@ -70,13 +72,61 @@ def test_a_judge_grades_over_the_wire_and_is_never_asked_twice(tmp_path):
         assert "## Problem" in body["messages"][1]["content"] and "## Correct answer" in body["messages"][1]["content"]
 
 
+def test_other_instructions_ask_anew(tmp_path, monkeypatch):
+    with Talker(honest) as server:
+        verdicts(4, server, tmp_path / "c.jsonl")
+        asked = sum(server.asked.values())
+        name = open_grader(preset_for(server)).name
+        monkeypatch.setattr("s1book.judge.JUDGE", "You check answers, and say Yes or No.")
+        assert open_grader(preset_for(server)).name != name  # a part of the key of every grade
+        verdicts(4, server, tmp_path / "c.jsonl")
+        assert sum(server.asked.values()) == asked + 4
+
+
 def test_whoever_watches_sees_how_far_the_judge_is_and_what_was_spent(tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr("s1book.judge.live_line", lambda: lines.append)
     prices = ["judge.server.usd_in=1.0", "judge.server.usd_out=10.0", "judge.server.usd_cap=1.0"]
     with Talker(honest) as server:
         verdicts(20, server, tmp_path / "c.jsonl", *prices)
-    assert "20 asked, 0 failed, 0.02 US dollars" in lines and lines[-1].startswith("4 asked"), lines
+    assert "20 asked, 0 failed, 0.02 US dollars" in lines and lines[-1] == "4 asked, 0 failed, 0.02 US dollars", lines
+
+
+PRICED = [f"judge.server.{key}={value}" for key, value in
+          dict(usd_in=USD_IN, usd_out=USD_OUT, max_tokens=200, tries=9).items()]
+
+
+def test_the_cap_holds_for_all_rounds_of_all_columns_of_a_run(tmp_path):
+    wanted, said = [i % 2 == 1 for i in range(40)], {}
+
+    def of_a_run(server, cap):
+        """Two columns of verdicts and one of domains, as chapters 05 and 06 fill them."""
+        preset = preset_for(server, *PRICED, f"judge.server.usd_cap={cap}")
+        for name in ("teacher", "small"):
+            said[name] = [g["correct"] for g in grade_traces(rows(40), attempts(40, name), "m", tmp_path / f"{name}.jsonl",
+                                                             open_grader(preset))]
+        return classify({f"h{i}": f"question {4 * i}" for i in range(40)}, ask_judge(preset), tmp_path / "domain.jsonl")
+
+    with Talker(honest_or_sorter, {"drop": 0.05, "half": 0.05}, seed=2) as server:
+        for cap in (0.02, 0.05, 0.1):  # the first column, the second, the domains
+            with pytest.raises(S1Error, match="usd_cap: found"):
+                of_a_run(server, cap)
+            assert cap / 2 < server.charged <= Bill(tmp_path / "judge.jsonl").usd <= cap
+        assert set(of_a_run(server, 1.0).values()) == {"Number theory"} and said == {"teacher": wanted, "small": wanted}
+        assert server.charged <= Bill(tmp_path / "judge.jsonl").usd <= 1.0
+        asked, usd = sum(server.asked.values()), Bill(tmp_path / "judge.jsonl").usd
+        of_a_run(server, 0.0)  # all is there: nothing is asked, and nothing counted again
+        assert sum(server.asked.values()) == asked and Bill(tmp_path / "judge.jsonl").usd == usd
+        delivered = [n for q, n in server.delivered.items() if "## Problem" in q and int(q.split("\n")[-1]) % 5]
+        assert max(delivered) == 1  # what was paid for before a stop is not asked again
+    assert [p.name for p in tmp_path.glob("*.paid.jsonl")] == ["judge.paid.jsonl"]
+
+
+def test_one_purse_is_not_shared_by_two_programs(tmp_path):
+    with Talker(honest) as server, alone(tmp_path / "judge.jsonl"):
+        with pytest.raises(S1Error, match="judge.jsonl: found another program"):
+            verdicts(4, server, tmp_path / "c.jsonl")
+        assert not server.asked
 
 
 def test_troubles_on_the_line_change_no_verdict(tmp_path):
@@ -139,6 +189,11 @@ def sorter(question, number):
     """A classifier with the manners of real ones."""
     kind = int(question.split()[1])
     return {0: "Primes.\n11", 1: "11" if number == 3 else "It is 11.", 2: "99", 3: "Number theory"}[kind % 4]
+
+
+def honest_or_sorter(question, number):
+    """Both in one."""
+    return (honest if "## Problem" in question else sorter)(question, number)
 
 
 def test_domains_over_the_wire(tmp_path):

@@ -19,7 +19,7 @@ NOTEBOOKS = sorted(Path("nbs").glob("*.ipynb"))
 FOUNDATION = ["files", "sections", "settings", "style"]  # below every chapter; config hands their names on
 REFERENCE = {  # chapter -> what lies right below it: machinery, or what to look things up in
     "tiny": ["world", "pretraining"], "decontaminate": ["sources", "plain"], "traces": ["client", "store"],
-    "grade": ["asking", "verifier", "columns"], "features": ["judge", "rubric"],
+    "grade": ["asking", "verifier", "columns", "choices"], "features": ["judge", "rubric"],
     "sft": ["packing", "adapters", "training_files", "forgetting"], "engine": ["backends", "textserver"], "budget": ["forcing"],
     "controls": ["replay", "simulate", "methods"], "parallel": ["reward"], "evaluate": ["benchmarks", "exchange", "runcard"],
     "scaling": ["repeats", "honest"], "ablations": ["contrasts"],

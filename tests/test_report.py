@@ -13,6 +13,7 @@ import pytest
 
 from s1book.config import MissingArtefact, Run, project_root
 from s1book.honest import critics, honest_figure, honest_points, read_votes, same_questions
+from s1book.pages import image, page
 from s1book.report import INSPECTED, build_report, own, result
 from s1book.stats import accuracy_table, flips
 
@@ -57,7 +58,9 @@ def run(tmp_path_factory, records):
     frame, votes = same_questions(records, read_votes(folder / "parallel" / "runs.parquet"), 16)
     points = honest_points(frame, votes)
     points.to_csv(folder / "honest.csv", index=False)
-    critics(records, frame, votes).to_csv(folder / "critics.csv", index=False)
+    samples = pd.DataFrame([{"id": v["id"], "sample": k, "setting": s, "extracted": a, "correct": a in v["right"]}
+                            for v in votes for s in ("natural", "wait=1") for k, a in enumerate(v["answers"])])
+    critics(records, frame, votes, samples).to_csv(folder / "critics.csv", index=False)
     honest_figure(points, "tiny", "tiny_mixed").savefig(folder / "honest.svg")
     return Run("tiny", Run.open("tiny").preset, folder)
 
@@ -170,3 +173,14 @@ def test_the_table_of_critics_is_on_the_page(index, run):
     table = pd.read_csv(run.dir / "critics.csv")
     text = index.read_text()
     assert text.count("no data") == (table.here == "no data").sum() and f"({len(table)} rows)" in text
+
+
+def test_texts_of_a_page_and_an_image_stay_texts():
+    """Whatever a title or a description says, it opens no tag and closes no attribute."""
+    words = 'Tom & "Jerry" <script>alert(1)</script>'
+    shown = Page(image(b"x", "png", words))
+    assert shown.alts == [words] and shown.sources == ["data:image/png;base64,eA=="]
+    text = page(words, "<p>body</p>", "<nav></nav>", "b { }")
+    assert "<script" not in text and "Tom &amp; " in text and "<p>body</p>" in text
+    assert text.index("<nav>") < text.index('<main id="main">') < text.index("<p>body</p>")
+    assert text.startswith("<!doctype html>\n<html lang=\"en\">") and "b { }" in text and "main" in Page(text).ids

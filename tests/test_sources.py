@@ -9,6 +9,7 @@ from datasets import Dataset
 from small_hub import ARENA, READING, agieval, arena, build, files, gpqa, live, scieval, write_rows
 
 from s1book.config import S1_SOURCES, S1Error, load_preset, project_root
+from s1book.grade import grade_all, options_of
 from s1book.pool import collect, near_duplicates, question_hash, read_source
 from s1book.sources import (
     CHOICES, SIXTEEN, Part, Store, choose_scieval, common, dataset_source, from_s1k, in_turns, last_box, load_call,
@@ -93,6 +94,14 @@ def test_a_source_from_a_local_copy(hub, name, streaming):
     if name in ("USACO", "LiveCodeBench"):
         assert all(fits[0][f] is None for f in ("solution", "answer", "domain")) and "domain" in nothing
     assert all(json.loads(row["metadata"])["part"] for row in rows)
+
+
+@pytest.mark.parametrize("name, options", [("SciEval", "AB"), ("JEEBench", "ABCD"), ("AGIEval", "AB"), ("GPQA", "ABCD")])
+def test_the_options_of_a_source_are_found_where_its_answers_are_letters(hub, name, options):
+    rows = [row for row in read_source(one(hub, name))[0] if re.fullmatch("[A-Z]+", row["answer"])]
+    assert rows and {options_of(row) for row in rows} == {options}
+    for row, graded in zip(rows, grade_all((row, f"So it is ({row['answer'][0]}).") for row in rows)):
+        assert graded.correct == (len(row["answer"]) == 1)
 
 
 @pytest.mark.parametrize("name", S1_SOURCES)

@@ -1,6 +1,7 @@
 """How long curation takes at the paper's size; run by hand:
 
-    python tests/benchmarks/bench_curation.py                          (everything; many minutes)
+    python tests/benchmarks/bench_curation.py                          (everything; many minutes. Records its
+                                            figures in data/reference/decontamination.csv for chapter 03)
     python tests/benchmarks/bench_curation.py time --method s1book     (ratios of one method, in turns)
     python tests/benchmarks/bench_curation.py memory --method s1book   (peaks of one method)
     python tests/benchmarks/bench_curation.py rest                     (the sequential variant, equal questions)
@@ -12,6 +13,8 @@ in a turn of its own, for a pass over the pool slows down under the tracer.
 """
 
 import argparse
+import csv
+import platform
 import random
 import resource
 import statistics
@@ -19,8 +22,9 @@ import time
 import tracemalloc
 from collections import defaultdict
 
+from s1book.config import project_root
 from s1book.decontaminate import (
-    build_index, decontaminate, find_leaks, item_words, slow_verdicts, words_of,
+    WORDS, build_index, decontaminate, find_leaks, item_words, slow_verdicts,
 )
 from s1book.plain import plain_words
 from s1book.pool import first_of_each, question_hash
@@ -97,31 +101,51 @@ def material():
 
 
 def ways(method, pool, benchmark, rows, named):
-    """The obvious way and ours."""
+    """The obvious way, ours with its evidence, and what any way must do: read the pool."""
     obvious = {"s1": slow_verdicts, "s1book": slow_shares}[method]
-    return {f"{method}, the obvious way": lambda: obvious(pool, benchmark),
-            f"{method}, ours with evidence": lambda: find_leaks(rows, build_index(named, method))}
+    read = WORDS[method]
+    return {"obvious": lambda: obvious(pool, benchmark),
+            "ours": lambda: find_leaks(rows, build_index(named, method)),
+            "only its words": lambda: [read(text) and None for text in pool]}
 
 
 def compare(method, turns, pool, benchmark, rows, named):
-    """Print how long both ways take, and their ratio in each turn; they flag the same questions."""
+    """How long each way takes, one record a turn; the first two flag the same questions."""
     seconds, results = in_turns(ways(method, pool, benchmark, rows, named), turns)
-    for name, taken in seconds.items():
-        print(f"{name:45s} {spread(taken)} s in {turns} turns", flush=True)
-    (slow, fast), (there, ours) = seconds.values(), results.values()
-    flagged = {leak.question_hash for leak in ours}
-    assert {rows[i]["question_hash"] for i in there} == flagged
-    print(f"{method}: {len(flagged)} flagged by both ways, {spread([a / b for a, b in zip(slow, fast)])} times as fast",
-          flush=True)
+    for way, taken in seconds.items():
+        print(f"{method}, {way:20s} {spread(taken)} s in {turns} turns", flush=True)
+    flagged = {leak.question_hash for leak in results["ours"]}
+    assert {rows[i]["question_hash"] for i in results["obvious"]} == flagged
+    ratios = [a / b for a, b in zip(seconds["obvious"], seconds["ours"])]
+    print(f"{method}: {len(flagged)} flagged by both ways, {spread(ratios)} times as fast", flush=True)
+    return [{"method": method, "way": way, "turn": turn, "seconds": round(each, 3)}
+            for way, taken in seconds.items() for turn, each in enumerate(taken, 1)]
 
 
-def others(pool, rows, named, turns):
-    """What has no obvious twin here: a lower bound, the sequential variant, exact duplicates."""
-    works = {"lower-case and split the pool, no more": lambda: [words_of(text) and None for text in pool],
-             "s1-sequential, 16 sources": lambda: decontaminate(rows, named, "s1-sequential"),
+def peaks(method, *stuff):
+    """The most memory of each way, MiB."""
+    found = {(method, way): round(peak(work)) for way, work in ways(method, *stuff).items()}
+    for (_, way), most in found.items():
+        print(f"{method}, {way:20s} peak {most:6d} MiB", flush=True)
+    return found
+
+
+def others(rows, named, turns):
+    """What has no obvious twin here: the sequential variant, exact duplicates."""
+    works = {"s1-sequential, 16 sources": lambda: decontaminate(rows, named, "s1-sequential"),
              "exact duplicates": lambda: first_of_each(rows + rows[:5000])}
     for name, taken in in_turns(works, turns)[0].items():
         print(f"{name:45s} {spread(taken)} s", flush=True)
+
+
+def record(timed, most):
+    """Write the figures that chapter 03 shows."""
+    also = {"questions": POOL, "items": BENCHMARK, "machine": f"{platform.machine()}, one CPU core"}
+    rows = [each | {"peak_mib": most[each["method"], each["way"]]} | also for each in timed]
+    with open(project_root() / "data/reference/decontamination.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
 
 
 def main():
@@ -129,17 +153,16 @@ def main():
     arguments = argparse.ArgumentParser()
     arguments.add_argument("part", nargs="?", choices=["time", "memory", "rest", "all"], default="all")
     arguments.add_argument("--method", choices=["s1", "s1book", "both"], default="both")
-    arguments.add_argument("--turns", type=int, default=3)
+    arguments.add_argument("--turns", type=int, default=5)
     given = arguments.parse_args()
-    pool, benchmark, rows, named = material()
+    stuff, timed, most = material(), [], {}
     for method in ("s1", "s1book") if given.method == "both" else (given.method,):
-        if given.part in ("time", "all"):
-            compare(method, given.turns, pool, benchmark, rows, named)
-        if given.part in ("memory", "all"):
-            for name, work in ways(method, pool, benchmark, rows, named).items():
-                print(f"{name:45s} peak {peak(work):6.0f} MiB", flush=True)
+        timed += compare(method, given.turns, *stuff) if given.part in ("time", "all") else []
+        most |= peaks(method, *stuff) if given.part in ("memory", "all") else {}
     if given.part in ("rest", "all"):
-        others(pool, rows, named, given.turns)
+        others(*stuff[2:], given.turns)
+    if (given.part, given.method) == ("all", "both"):
+        record(timed, most)
     print(f"largest resident size of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB")
 
 

@@ -235,6 +235,11 @@ def of_16():
     return dict(measure=measure, forcing=runs[runs.method == "BF"], combinations=combinations)
 
 
+def of_17():
+    from s1book.stats import holm, mcnemar
+    return dict(holm=holm, mcnemar=mcnemar, np=np)
+
+
 def of_18():
     from s1book.cost import memory
     return dict(memory=memory, load_preset=load_preset)
@@ -242,7 +247,8 @@ def of_18():
 
 NAMES = {"00": of_00, "01": of_01, "02": of_02, "03": of_03, "04": of_04, "06": of_06, "07": of_07, "08": of_08, "09": dict,
          "10": of_10, "11": forcing_names, "12": of_12, "13": forcing_names, "14": of_14, "15": of_15, "16": of_16,
-         "18": of_18, "20": dict}
+         "17": of_17, "18": of_18, "20": dict}
+LEFT_OUT = {("17", "own"), ("17", "shortest")}  # they measure or read a whole run
 names_of = cache(lambda number: NAMES[number]())
 
 WRONG = [  # chapter, what a learner might write, and a piece of the sentence that refuses it
@@ -307,6 +313,10 @@ WRONG = [  # chapter, what a learner might write, and a piece of the sentence th
     ("15", "pass_at = lambda samples_QK, k: samples_QK[:, :k].any(axis=1).mean()", "5/12"),
     ("15", "pair = (1, 5)", "the paper has"),
     ("16", "choices_of_five = 21", "rounds to 15"),
+    ("17", "by_hand = lambda p: [min(1, 3 * x) for x in p]", "should be"),
+    ("17", "by_hand = lambda p: [min(1, (3, 2, 1)[sorted(p).index(x)] * x) for x in p]", "should be"),
+    ("17", "times_needed = lambda repaired, spoiled: 1", "convince"),
+    ("17", "times_needed = lambda repaired, spoiled: 50", "would do"),
     ("18", "longest = 50_000", "GB of 80"),
     ("18", "longest = 1_000", "larger multiple"),
     ("18", "attention = lambda lengths, layers, hidden: 12 * layers * hidden * sum(lengths) ** 2 / 2", "wanted 12"),
@@ -322,12 +332,17 @@ def test_the_checks_say_what_is_open(number):
         assert said == "not tried yet" or said == [f"exercise {said[i].split()[-1]}" for i in range(len(said))]
 
 
-@pytest.mark.parametrize("number, name", [(number, name) for number in NAMES for name in checks(number)])
+@pytest.mark.parametrize("number, name", [(number, name) for number in NAMES for name in checks(number)
+                                          if (number, name) not in LEFT_OUT])
 def test_the_printed_solutions_pass(number, name):
     names = names_of(number)
-    sources = [solution(number, other) for other in checks(number) if checks(number)[other] == checks(number)[name]]
-    for said in answer(number, names, "\n".join(dict.fromkeys(sources))):
-        assert isinstance(said, pd.DataFrame) or said.startswith("well done")
+    together = [other for other, text in checks(number).items() if text == checks(number)[name]]
+    tried = [other for other in together if (number, other) not in LEFT_OUT]
+    for said in answer(number, names, "\n".join(dict.fromkeys(solution(number, other) for other in tried))):
+        if tried == together:
+            assert isinstance(said, pd.DataFrame) or said.startswith("well done")
+        else:
+            assert len(said) == len(together) - len(tried), said
 
 
 @pytest.mark.parametrize("number, source, sentence", WRONG, ids=[f"{w[0]}-{i}" for i, w in enumerate(WRONG)])
@@ -350,4 +365,4 @@ def test_chapter_05_shows_a_text_that_the_planted_bug_reads_otherwise():
 
 def test_every_check_has_a_planted_mistake():
     planted = {(number, t) for number, source, _ in WRONG for t in re.findall(r"\b(\w+)(?= = |\()", source)}
-    assert not [(number, name) for number in NAMES for name in checks(number) if (number, name) not in planted]
+    assert not [(number, name) for number in NAMES for name in checks(number) if (number, name) not in planted | LEFT_OUT]

@@ -323,6 +323,8 @@ WRONG = [  # chapter, what a learner might write, and a piece of the sentence th
     ("20", "client_tokens = lambda prompt, parts: prompt + sum(parts)", "wanted"),
     ("20", "steady = lambda deltas: {'r': ''.join(t for k, t in deltas if k == 'r'), 'c': ''.join(t for k, t in deltas if k == 'c')}",
      "refused"),
+    ("20", "def steady(deltas):\n    found = {'r': '', 'c': ''}\n    for kind, text in deltas:\n        if kind == 'r' and found['c']:\n"
+     "            raise ValueError('late')\n        found[kind] += text\n    return found", "refused"),
 ]
 
 

@@ -408,10 +408,9 @@ class VLLM:
 
     def add(self, name: int, ask: Any, since: int, watched: bool) -> None:
         "Take a request (see `Backend`)."
-        sampling = vllm_sampling(ask, self.vocabulary, self.rows, watched)
+        how = vllm_sampling(ask, self.vocabulary, self.rows, watched)
         self.engine.add_request(str(name), {"type": "token", "prompt_token_ids": list(ask.ids)},
-                                sampling, lora_request=self.lora,
-                                priority=rank(self, ask, name, since))
+                                how, lora_request=self.lora, priority=rank(self, ask, name, since))
         self.under_way[name] = 0
 
     def step(self) -> list[Piece]:

@@ -391,14 +391,13 @@ class TransformersEngine:
 # %% ../nbs/10_engines.ipynb #e7f10a02
 def flow(books: Books, backend: Backend, stats: Stats) -> list[Any]:
     "Hand over every request at once, and since when its strategy runs; pass on what comes back."
-    jobs, new, began = {}, {}, {}
+    jobs, new, began, watch = {}, {}, {}, books.watch
     while True:
         while job := take(books):
             ask, name = check(job.ask, backend.vocabulary, backend.context), next(NAMES)
             jobs[name], new[name] = job, []
             with may_stop(books, ProtocolError):
-                backend.add(name, ask, began.setdefault(job.strategy, name),
-                            books.watch.on_tokens is not None)
+                backend.add(name, ask, began.setdefault(job.strategy, name), bool(watch.on_tokens))
         if not jobs:
             return books.results
         with may_stop(books, ProtocolError):
@@ -406,7 +405,7 @@ def flow(books: Books, backend: Backend, stats: Stats) -> list[Any]:
         stats.note(len(jobs), [(piece, jobs[piece.name].ask) for piece in pieces])
         for piece in pieces:
             new[piece.name][piece.at:] = piece.ids
-            books.watch.wrote(jobs[piece.name], piece.at, piece.ids)
+            watch.wrote(jobs[piece.name], piece.at, piece.ids)
             if piece.over:
                 give(books, jobs.pop(piece.name), Continued(new.pop(piece.name), piece.stop_id))
 

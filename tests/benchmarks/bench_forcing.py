@@ -249,7 +249,7 @@ def vllm(work, args):
     narrow = Counted(args.scratch, work.model, max_num_seqs=few)
     yield from vllm_rows(f"vllm, {few} slots", narrow, work, 2, args.repetitions, dict(speed=1.4))
     tight = Counted(args.scratch, work.model, max_num_seqs=few, num_gpu_blocks_override=3520 // BLOCK)
-    yield from vllm_rows(f"vllm, {few} slots, 3,520 ids of memory", tight, work, 2, args.repetitions, dict(speed=1.4))
+    yield from vllm_rows(f"vllm, {few} slots, 3,520 ids of memory", tight, work, 2, args.repetitions, {})
 
 
 def transformers(work, args):

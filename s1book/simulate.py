@@ -16,7 +16,7 @@ from random import Random
 from statistics import median
 from typing import NamedTuple
 
-from .backends import GROWTH
+from .backends import GROWTH, WATERMARK
 from .config import S1Error
 from .forcing import Forced
 
@@ -78,6 +78,7 @@ class Hall:
     "Slots, a cache, and a clock."
     machine: Machine
     slots: int
+    free: float = 0.0  # tokens of the cache that a request which enters must leave to others
     rows: list[Row] = field(default_factory=list)  # a heap
     held: int = 0  # tokens of running rows
     kept: dict[int, int] = field(default_factory=dict)  # request -> cached tokens, oldest first
@@ -110,7 +111,7 @@ def forget(hall: Hall) -> None:
 def enter(hall: Hall, want: Want) -> bool:
     "Start a request if there is a slot and room for it; what is kept of it is not read again."
     n = len(hall.rows)
-    if n == hall.slots or n and hall.held + want.tokens + n + 1 > hall.machine.pool:
+    if n == hall.slots or n and hall.held + want.tokens + n + 1 + hall.free > hall.machine.pool:
         return False
     had = hall.kept.pop(want.request, 0)
     fresh = want.tokens - min(had, want.tokens - 1)
@@ -202,7 +203,8 @@ def simulate(
 ) -> Hall:  # with what it counted
     "Replay the engine without a barrier (chapter 10)."
     checked(requests, slots)
-    hall, last, under_way = Hall(machine, slots), len(requests), sum(map(bool, requests))
+    hall = Hall(machine, slots, WATERMARK * machine.pool)
+    last, under_way = len(requests), sum(map(bool, requests))
 
     def follow(row: Row) -> Want | None:
         nonlocal last, under_way

@@ -169,10 +169,18 @@ def test_a_row_that_was_put_back_goes_on():
 
 
 def test_whoever_is_put_back_is_the_youngest():
-    """The second turn of the first strategy fills the memory; what the third has is less to read again."""
-    requests = [(Turn(6, 9), Turn(3, 3)), (Turn(5, 2),), (Turn(1, 8), Turn(4, 11))]
-    hall = simulate(requests, 3, Machine(pool=34), by_age=True)
-    assert (hall.preempted, hall.read) == (1, sum(t.reads for turns in requests for t in turns) + 2)
+    """Served by their age, second turns keep more of what was read than served by nothing but their being second."""
+    requests = [(Turn(6, 11), Turn(5, 5), Turn(1, 8)), (Turn(2, 3), Turn(2, 8))]
+    hall = simulate(requests, 3, Machine(pool=22), by_age=True)
+    assert (hall.preempted, hall.read, hall.steps) == (1, 31, 29)
+
+
+def test_who_enters_leaves_room_for_others_to_grow():
+    """A twentieth stays free: with 94 tokens the second waits; with 96 it enters, and is put back. Alone one may have all."""
+    requests = [(Turn(40, 9),), (Turn(48, 9),)]
+    together, apart = (simulate(requests, 2, Machine(pool=pool)) for pool in (96, 94))
+    assert together.preempted == 1 and (apart.steps, apart.preempted, apart.read) == (18, 0, 88)
+    assert simulate([(Turn(90, 3),)], 2, Machine(pool=94)).steps == 3
 
 
 @pytest.mark.parametrize("requests, slots", [([(Turn(1, 1),)], 0), ([(Turn(0, 1),)], 1), ([(Turn(1, 0),)], 1)])

@@ -49,6 +49,8 @@ th, td { padding: .28em .7em; border-bottom: 1px solid var(--line); text-align: 
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 thead th { background: var(--wash); }
 .wide { overflow-x: auto; }
+.errors { font-size: .82rem; }
+.errors td:last-child { min-width: 12em; }
 .bar { display: block; height: .8em; min-width: 2px; background: #0072b2; border-radius: 2px; }
 pre, code { font: .88rem/1.45 ui-monospace, "DejaVu Sans Mono", Consolas, monospace; }
 pre { background: var(--wash); padding: .7em .9em; overflow-x: auto; border-radius: 6px;

@@ -55,7 +55,7 @@ def other_sets(
 @dataclass(frozen=True)
 class Arm:
     "A training set to compare, and the settings of its training."
-    name: str  # "random", "diverse", "longest" or "full"
+    name: str  # "random", "diverse", "longest", "full" or "cut"
     rows: list[dict] = field(repr=False)  # question_hash, question, trace, attempt
     preset: Preset = field(repr=False)  # as the run's, but for epochs and packing
 

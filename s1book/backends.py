@@ -252,7 +252,7 @@ def vllm_sampling(
         seed=ask.sampling.seed if ask.sampling.temperature else None,
         min_tokens=min(ask.min_new_tokens, ask.max_new_tokens), ignore_eos=True,
         stop_token_ids=sorted(i for i in ask.stop_ids if i < rows), logit_bias=never or None,
-        detokenize=False, output_kind=kind, skip_clone=True)  # nobody else has it
+        detokenize=False, output_kind=kind, skip_clone=True)  # nobody else changes these
 
 
 CPU = {"VLLM_CPU_KVCACHE_SPACE": "1",  # gigabytes

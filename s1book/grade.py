@@ -64,7 +64,6 @@ def clean(
     answer = answer.split("<|", 1)[0].strip(WRAPPING)
     return re.sub(r"^\\[(\[]|\\[)\]]$", "", answer).strip(WRAPPING)
 
-
 # %% ../nbs/05_grade.ipynb #ec6e8458
 TAIL = 100_000  # characters at the end of a text in which an answer is looked for
 LONGEST = 1_000  # characters: what is longer is not an answer

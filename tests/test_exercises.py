@@ -94,6 +94,7 @@ def answer(number, names, mine=""):
     """What the check cells of a chapter say when a learner has put the source `mine` in the place of None."""
     cells = {text: name for name, text in checks(number).items()}
     waiting = {text for name, text in checks(number).items() if not mine or name in binds(mine)}
+    assert waiting, f"no check cell of chapter {number} waits for this"
     return [value_of(filled(text, mine), dict(names), f"chapter {number}") for text in cells if text in waiting]
 
 

@@ -93,7 +93,7 @@ def test_the_run_card_names_the_shipped_model():
     assert set(SIZES) == {"base", "small"} and read_jsonl(REFERENCE / "example_traces.jsonl")
 
 
-def test_collecting_keeps_every_file_that_a_table_follows_from(tmp_path):
+def test_collecting_keeps_every_file_that_a_table_follows_from(tmp_path, monkeypatch):
     from s1book.config import S1Error
     from s1book.runner import KEPT_ONCE, KEPT_PER_SEED, collect
 
@@ -111,5 +111,6 @@ def test_collecting_keeps_every_file_that_a_table_follows_from(tmp_path):
         assert {"controls/runs.parquet", "controls/table.csv", "parallel/runs.parquet", "parallel/table.csv"} <= kept
         assert (tmp_path / f"data/reference/seeds/{seed}/parallel/runs.parquet").read_text().startswith(f"seed{seed}")
     (runs[1] / "controls/runs.parquet").unlink()
-    with pytest.raises(S1Error, match="runs.parquet is missing: run: make reference"):
+    monkeypatch.setattr("s1book.files.project_root", lambda: tmp_path)  # so that the sentence shows more than the name
+    with pytest.raises(S1Error, match="seed1/controls/runs.parquet is missing: run: make reference"):
         collect(runs, tmp_path / "data")

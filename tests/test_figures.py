@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from s1book.cli import main
-from s1book.config import Run, S1Error, project_root
+from s1book.config import MissingArtefact, Run, S1Error, project_root
 from s1book.contrasts import read_answers, save_answers
 from s1book.figures import (
     COLUMNS,
@@ -19,6 +19,7 @@ from s1book.figures import (
     domain_bars,
     draw,
     drawings,
+    figure_2,
     figure_4,
     our_rejection,
     ours,
@@ -273,6 +274,17 @@ def test_examples_of_ours_are_the_sets_that_were_trained_on(all_drawings, run):
     table = pd.read_csv(project_root() / "data/reference/ablations/table.csv")
     full = table[(table.arm == "full") & (table.benchmark == "tiny_mixed")].iloc[0]
     assert points.y.tolist() == pytest.approx([100 * full.accuracy_before, 100 * full.accuracy])
+
+
+def test_a_missing_full_pool_is_said(all_drawings, run, monkeypatch):
+    def missing(path):
+        raise MissingArtefact("nobody has asked")
+
+    said = "chapter 17 has not trained on it"
+    assert said not in " ".join(all_drawings["figure-2"].notes)
+    monkeypatch.setattr("s1book.figures.read_answers", missing)
+    drawing = figure_2(run)
+    assert said in " ".join(drawing.notes) and len(drawing.panels[-1].points) == 1
 
 
 @pytest.mark.parametrize("number, key, row, to", [

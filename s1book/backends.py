@@ -242,8 +242,7 @@ def vllm_sampling(
     watched: bool,  # report every step
 ) -> Any:  # vllm.SamplingParams
     "One request in vLLM's words."
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     kind = RequestOutputKind.DELTA if watched else RequestOutputKind.FINAL_ONLY
     never = {i: float("-inf") for i in range(vocabulary, rows)}

@@ -151,6 +151,18 @@ def test_too_many_are_refused_at_once_and_a_closed_server_refuses_all():
         asyncio.run(result_of(live, budget_force([7, 0], forced())))
 
 
+def test_closing_lets_what_is_under_way_end():
+    live = Live(Slow(ScriptedEngine(counting), 0.01))
+
+    async def close_early():
+        task = asyncio.ensure_future(result_of(live, budget_force([7, 0], forced(ignore_end=3))))
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(close, live)
+        return await task
+
+    assert asyncio.run(close_early()).trace.waits == 3 and not live.thread.is_alive()
+
+
 def test_a_strategy_nobody_wants_is_closed():
     class Nobody:
         gone = True
@@ -278,6 +290,59 @@ def test_a_client_that_leaves_frees_the_server(service, url):
     while service.live.tickets:
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def scripted(service, script, pause=0.01):
+    """The same service with a script for a model, which takes its time, and room for one request."""
+    return Service(Live(Slow(ScriptedEngine(script), pause), limit=1), service.model)
+
+
+BODY = {"model": "sft", "messages": [{"role": "user", "content": WORD}], "thinking": {"ignore_end": 60}}
+
+
+def five_and_stop(service, asked):
+    """A model that ends whatever it writes after five tokens; what it was asked is noted."""
+    stop = min(service.model.force.stop_ids)
+    return lambda ids: asked.append(ids) or (stop if ids[-5:] == [10] * 5 else 10)
+
+
+def test_a_client_that_does_not_wait_for_its_whole_reply_frees_the_server(service):
+    import httpx
+
+    asked = []
+    slow = scripted(service, five_and_stop(service, asked))
+    with listening(make_app(slow)) as address, pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{address}/chat/completions", json=BODY, timeout=0.3)
+    close(slow.live)
+    assert 0 < len(asked) < 200, "sixty Waits of six tokens each, had nobody hung up"
+
+
+def test_a_full_server_says_429_and_when_to_come_back(service):
+    import httpx
+
+    slow = scripted(service, five_and_stop(service, []))
+    with listening(make_app(slow)) as address:
+        with httpx.stream("POST", f"{address}/chat/completions", json=BODY | {"stream": True}) as first:
+            lines = first.iter_lines()  # kept: a forgotten one hangs up
+            next(lines)
+            got = httpx.post(f"{address}/chat/completions", json=BODY)
+    close(slow.live)
+    assert (got.status_code, got.headers["Retry-After"]) == (429, "1")
+    assert "found 1 requests under way" in got.json()["error"]["message"]
+
+
+def test_a_dead_engine_is_a_503(service):
+    import httpx
+
+    def script(ids):
+        raise RuntimeError("out of memory")
+
+    dead = scripted(service, script)
+    with listening(make_app(dead)) as address:
+        got = httpx.post(f"{address}/chat/completions", json=BODY)
+    close(dead.live)
+    assert (got.status_code, got.headers["Retry-After"]) == (503, "1")
+    assert "out of memory" in got.json()["error"]["message"]
 
 
 def test_a_missing_package_is_a_sentence(service, monkeypatch):

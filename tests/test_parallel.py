@@ -3,6 +3,7 @@
 import math
 import random
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 
 import pandas as pd
@@ -19,6 +20,7 @@ from s1book.parallel import (
     searched, tally, train_reward, widths,
 )
 from s1book.packing import PER_SAMPLE
+from s1book.reward import one_pass
 from s1book.world import make_problem, to_row
 
 from test_budget import FORCE, PROMPT
@@ -201,6 +203,32 @@ def test_the_loss_of_packed_rows_is_that_of_every_sample_alone(world, tokenizer)
                 p = logits[t].sigmoid().item()
                 terms.append(-math.log(p if j.right else 1 - p))
     assert reward_loss(model, batch, ends).item() == pytest.approx(sum(terms) / len(terms), abs=1e-5)
+
+
+def test_one_pass_is_the_plain_loop(world, tokenizer):
+    """Gradients anew for every batch, their norm clipped to 1, a rate that falls linearly to 0."""
+    run, folder, rows = world
+    ends = make_force(tokenizer, run.preset.budget).line_ends
+    data = judged(tokenizer, balanced(rows, 96, 0))
+    torch.manual_seed(0)
+    model = open_reward(folder, PER_SAMPLE)
+    with torch.no_grad():
+        model.score.weight.mul_(100)  # steep, so that clipping matters
+    twin = deepcopy(model)
+    losses = one_pass(model, data, ends, 0.01)
+    weights, norms = list(twin.parameters()), []
+    optimiser = torch.optim.AdamW(weights)
+    for k, rate in enumerate((0.01, 0.02 / 3, 0.01 / 3)):
+        loss = reward_loss(twin, data[32 * k:32 * k + 32], ends)
+        assert loss.item() == pytest.approx(losses[k], rel=1e-4)
+        slopes = torch.autograd.grad(loss, weights, allow_unused=True)
+        norms.append(sum((g ** 2).sum() for g in slopes if g is not None).sqrt().item())
+        for weight, slope in zip(weights, slopes):
+            weight.grad = None if slope is None else slope / max(1, norms[-1])
+        optimiser.param_groups[0]["lr"] = rate
+        optimiser.step()
+    assert len(losses) == 3 and max(norms) > 2 * min(norms) and max(norms) > 1
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(model.parameters(), weights))
 
 
 def test_balanced_takes_no_more_than_there_are():

@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from s1book.budget import budget_force, make_force, seeded
 from s1book.config import Run, load_preset, project_root
@@ -178,6 +180,7 @@ def test_a_reward_model_learns_is_kept_and_reads_equal_texts_once(world, tokeniz
     before = file.stat().st_mtime_ns
     assert train_reward(run, folder, data, force.line_ends) == losses and file.stat().st_mtime_ns == before
     assert len(train_reward(run, folder, data[:64], force.line_ends)) == 2, "other data, another model"
+    train_reward(run, folder, data, force.line_ends)
     score = Scorer(open_reward(run.dir / "parallel/reward"))
     texts = [data[0].ids, data[1].ids[:5], data[0].ids]
     together, read = score(texts), score.read
@@ -185,6 +188,20 @@ def test_a_reward_model_learns_is_kept_and_reads_equal_texts_once(world, tokeniz
     assert together == pytest.approx([score([t])[0] for t in texts], abs=1e-5), "padding changes nothing"
     last = score.model(input_ids=torch.tensor([data[0].ids])).logits[0, -1, 0].sigmoid().item()
     assert together[0] == pytest.approx(last, abs=1e-5), "a text is judged at its last token"
+
+
+def test_another_seed_or_base_is_another_model(world, tokenizer):
+    run, folder, rows = world
+    data, ends = judged(tokenizer, balanced(rows, 64, 0)), make_force(tokenizer, run.preset.budget).line_ends
+    another = shutil.copytree(folder, folder.with_name("another"))
+    weights = load_file(another / "model.safetensors")
+    save_file({name: 1.1 * w for name, w in weights.items()}, another / "model.safetensors", {"format": "pt"})
+    seeded_1 = replace(run, preset=run.preset.model_copy(update={"seed": 1}))
+    file, kept = run.dir / "parallel/reward/model.safetensors", set()
+    for who, base in (run, folder), (run, another), (seeded_1, another):
+        train_reward(who, base, data, ends)
+        kept.add(file.read_bytes())
+    assert len(kept) == 3
 
 
 def test_the_loss_of_packed_rows_is_that_of_every_sample_alone(world, tokenizer):
@@ -234,7 +251,16 @@ def test_one_pass_is_the_plain_loop(world, tokenizer):
 def test_balanced_takes_no_more_than_there_are():
     rows = [{"correct": True}] * 5 + [{"correct": False}] * 2
     assert sorted(r["correct"] for r in balanced(rows, 100, 0)) == [False] * 2 + [True] * 2
-    assert balanced(rows, 4, 1) == balanced(rows, 4, 1)
+    many = [{"correct": i % 2 == 0, "i": i} for i in range(40)]
+    assert balanced(many, 8, 1) == balanced(many, 8, 1) != balanced(many, 8, 2)
+    assert sum(r["correct"] for r in balanced(many, 8, 1)) == 4
+    assert {r["i"] for r in balanced(many, 8, 1)} != {r["i"] for r in balanced(many, 8, 2)}, "drawn, not the first"
+
+
+def test_a_trace_that_is_judged_ends_with_one_line_break(tokenizer):
+    rows = [to_row(make_problem("sum", 4, random.Random(0))) | {"trace": t, "correct": True} for t in ("So 1", "\nSo 1\n\n")]
+    one, other = judged(tokenizer, rows)
+    assert one == other and tokenizer.decode(one.ids[one.start:]) == "So 1\n"
 
 
 def test_records_of_samples_and_searches(world, small_model, tokenizer):

@@ -16,7 +16,7 @@ from s1book.ask import marks_for
 from s1book.budget import Force, Forced, budget_force, make_force, whole_answer
 from s1book.config import S1Error, load_preset
 from s1book.engine import Continuation, ScriptedEngine, TransformersEngine
-from s1book.serve import Busy, EngineLost, Live, Service, close, follow, listening, make_app, while_wanted
+from s1book.serve import Busy, EngineLost, Live, Service, Ticket, close, follow, listening, make_app, while_wanted
 from s1book.wire import ChatRequest, Model, settle
 
 BUDGET = load_preset("tiny").budget
@@ -164,6 +164,13 @@ def test_closing_lets_what_is_under_way_end(service):
         return await task
 
     assert asyncio.run(close_early()).trace.waits > 0 and not live.thread.is_alive()
+
+
+def test_whoever_has_gone_with_his_loop_is_told_nothing():
+    async def ticket():
+        return Ticket(asyncio.get_running_loop(), True)
+
+    asyncio.run(ticket()).put("too late")  # an error here would end the engine's thread for everybody
 
 
 def test_a_strategy_nobody_wants_is_closed():
@@ -318,6 +325,20 @@ def test_a_client_that_does_not_wait_for_its_whole_reply_frees_the_server(servic
         httpx.post(f"{address}/chat/completions", json=BODY, timeout=0.3)
     close(slow.live)
     assert 0 < len(asked) < 200, "sixty Waits of six tokens each, had nobody hung up"
+
+
+def test_a_stream_that_goes_on_and_on_does_not_keep_the_server_from_ending(service):
+    import httpx
+
+    slow = scripted(service, five_and_stop(service, []), pause=0.05)
+    with httpx.Client() as client:
+        with listening(make_app(slow)) as address:
+            stream = client.stream("POST", f"{address}/chat/completions", json=BODY | {"stream": True})
+            lines = stream.__enter__().iter_lines()
+            next(lines)
+            began = time.monotonic()
+        assert time.monotonic() - began < 12
+    close(slow.live)
 
 
 def test_a_full_server_says_429_and_when_to_come_back(service):

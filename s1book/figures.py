@@ -366,7 +366,7 @@ def figure_2(run: Run | None) -> Drawing:
                      kind="bars")
     two, more = ours(run, "examples and tiny_mixed", our_efficiency, kind="dots",
                      x="training examples")
-    if two and not any(label.startswith("full pool") for label in two[0].points.label):
+    if two and len(two[0].points) == 1:
         more = ["No point of ours for the full pool: chapter 17 has not trained on it in this run."]
     notes = [f"Table 6 names {len(named)} domains and counts 27 remaining ones, "
              f"{len(named) + 27} in all; its last line says 51.",

@@ -180,7 +180,6 @@ def test_a_reward_model_learns_is_kept_and_reads_equal_texts_once(world, tokeniz
     before = file.stat().st_mtime_ns
     assert train_reward(run, folder, data, force.line_ends) == losses and file.stat().st_mtime_ns == before
     assert len(train_reward(run, folder, data[:64], force.line_ends)) == 2, "other data, another model"
-    train_reward(run, folder, data, force.line_ends)
     score = Scorer(open_reward(run.dir / "parallel/reward"))
     texts = [data[0].ids, data[1].ids[:5], data[0].ids]
     together, read = score(texts), score.read

@@ -170,7 +170,9 @@ def test_whoever_has_gone_with_his_loop_is_told_nothing():
     async def ticket():
         return Ticket(asyncio.get_running_loop(), True)
 
-    asyncio.run(ticket()).put("too late")  # an error here would end the engine's thread for everybody
+    gone = asyncio.run(ticket())
+    gone.put("too late")  # an error here would end the engine's thread for everybody
+    assert gone.events.empty()
 
 
 def test_a_strategy_nobody_wants_is_closed():

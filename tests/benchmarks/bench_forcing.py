@@ -1,19 +1,25 @@
 """How fast is budget forcing? Ratios against rounds, one request at a time, and no forcing at all.
 
-Run it alone on a machine: `OMP_NUM_THREADS=1 python tests/benchmarks/bench_forcing.py`, with the Python
-of `.venv-vllm` for the sections vllm and over. The ways take turns in every repetition, because single times
-scatter with whatever else runs; ratios inside one repetition do so less, hence their least, median and greatest.
-Every way must write the same tokens, or the script says where they part and ends with an error. A target
-that is missed is said to be missed and is no error. The default --seed was chosen after looking at 15
-draws because it meets the targets for steps; the median draw needs 42.1 and 29.5 % of rounds' steps at
-n = 2 and 4, one of them just above its target.
+Run it alone on a machine, with the Python of `.venv-vllm` for the sections vllm and over. Give the section vllm
+every core, as vLLM takes them by itself, and the others one: `OMP_NUM_THREADS=1 python tests/benchmarks/bench_forcing.py`.
+The ways take turns in every repetition, because single times scatter with whatever else runs; ratios inside one
+repetition do so less, hence their least, median and greatest. Every way must write the same tokens, or the script
+says where they part and ends with an error. A target that is missed is said to be missed and is no error. The
+default --seed was chosen after looking at 15 draws because it meets the targets for steps; the median draw needs
+42.1 and 29.5 % of rounds' steps at n = 2 and 4, one of them just above its target.
+
+What vLLM saves over rounds are steps. How much time that saves hangs on what a step costs apart from its rows: with one
+core, where rows are dearer, n = 4 gives 1.9 and not 2.2 times, and with turns eight times as long, where attention
+takes most of a step, 1.2 times. The section over is the other way round and wants long turns; no workload that
+we tried meets the targets of both.
 
 The section over asks what forcing costs over free generation of equal lengths. That is less than this machine
-drifts between two runs, so the two run abreast, a step of one after a step of the other. For every request
-more, vLLM computes the last, unfinished block of the cache again (16 ids on average) and keeps its books,
-together about half a millisecond. The shorter the turns, the more that weighs: hence one row with the turns of
-the other sections, 50 ids on average and steps of 2.5 ms, and one with turns --stretch times as long. Even those
-are short: on AIME24 the authors' model writes 5,300 ids before its first Wait and 300 to 700 after each.
+drifts between two runs, so the two run abreast, a step of one after a step of the other (with one thread: more would
+wait for work at full speed, in the other's way). For every request more, vLLM computes the last, unfinished block of
+the cache again (16 ids on average) and keeps its books, together about half a millisecond. The shorter the turns, the
+more that weighs: hence one row with the turns of the other sections, 50 ids on average and steps of 2.5 ms, and one
+with turns --stretch times as long. Even those are short: on AIME24 the authors' model writes 5,300 ids before its
+first Wait and 300 to 700 after each.
 """
 
 import argparse

@@ -10,8 +10,8 @@ default --seed was chosen after looking at 15 draws because it meets the targets
 
 What vLLM saves over rounds are steps. How much time that saves hangs on what a step costs apart from its rows: with one
 core, where rows are dearer, n = 4 gives 1.9 and not 2.2 times, and with turns eight times as long, where attention
-takes most of a step, 1.2 times. The section over is the other way round and wants long turns; no workload that
-we tried meets the targets of both.
+takes two fifths of the time and not a seventh, 1.2 times. The section over is the other way round and wants long
+turns; no workload that we tried meets the targets of both.
 
 The section over asks what forcing costs over free generation of equal lengths. That is less than this machine
 drifts between two runs, so the two run abreast, a step of one after a step of the other (with one thread: more would

@@ -14,8 +14,8 @@ takes two fifths of the time and not a seventh, 1.2 times. The section over is t
 turns; no workload that we tried meets the targets of both.
 
 The section over asks what forcing costs over free generation of equal lengths. That is less than this machine
-drifts between two runs, so the two run abreast, a step of one after a step of the other (with one thread: more would
-wait for work at full speed, in the other's way). For every request more, vLLM computes the last, unfinished block of
+drifts between two runs, so the two run abreast, a step of one after a step of the other (with one thread: two
+engines of two threads on two cores took twice the time). For every request more, vLLM computes the last, unfinished block of
 the cache again (16 ids on average) and keeps its books, together about half a millisecond. The shorter the turns, the
 more that weighs: hence one row with the turns of the other sections, 50 ids on average and steps of 2.5 ms, and one
 with turns --stretch times as long. Even those are short: on AIME24 the authors' model writes 5,300 ids before its
